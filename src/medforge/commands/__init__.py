@@ -1,0 +1,5 @@
+"""One module a group of commands: `add` declares its arguments, each handler imports what it needs when it runs."""
+
+from medforge.commands import config
+
+GROUPS = (config,)

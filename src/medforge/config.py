@@ -1,0 +1,284 @@
+"""RunConfig: one YAML file describes a run. `medforge config schema` prints its JSON schema, which is its manual."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
+FamilyName = Literal["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
+Part = Literal["vision_merger", "language_attention", "language_mlp"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PhantomConfig(_Section):
+    """The generated data set: drawn images that look like scans and are none."""
+
+    images: int = Field(600, ge=12, description="How many images are drawn, over all splits.")
+    size: int = Field(112, ge=56, le=1024, description="Width and height of an image in pixels.")
+    seed: int = Field(0, ge=0, description="The same seed draws the same images and asks the same questions.")
+
+
+class DataConfig(_Section):
+    """Where the samples come from and what is refused."""
+
+    source: str = Field("phantom", description="A folder, `s3://bucket/prefix`, or `phantom` for the generated set.")
+    format: Literal["auto", "phantom", "vqa-rad", "slake", "conversations"] = Field(
+        "auto", description="The source's format; `auto` finds it and says what it found."
+    )
+    licence: str = Field("", description="Licence of a source whose format does not tell it, such as conversations.")
+    languages: list[str] = Field([], description="Keep only these languages (`en`, `zh`); empty keeps all.")
+    split: Literal["source", "by-study"] = Field(
+        "source",
+        description="`source` keeps the source's splits; `by-study` deals whole studies anew, so that no image or "
+        "study stands in two splits.",
+    )
+    validation_share: float = Field(
+        0.1, ge=0, lt=0.5, description="Share of the studies for validation where the source has no such split."
+    )
+    test_share: float = Field(0.15, gt=0, lt=0.5, description="Share of the studies for test with `split: by-study`.")
+    shared_images: Literal["report", "reject"] = Field(
+        "report", description="Training samples whose image or study is also in the test split: report or reject them."
+    )
+    max_rejected: float = Field(
+        0.05, ge=0, le=1, description="Share of rejected samples above which the run stops (shared images not counted)."
+    )
+    phantom: PhantomConfig = Field(default_factory=PhantomConfig, description="Used when the source is `phantom`.")
+
+
+class TinyConfig(_Section):
+    """The tiny model that is built on the spot, for demos and tests."""
+
+    steps: int = Field(800, ge=0, description="Pre-training steps on non-medical drawings.")
+    batch_size: int = Field(32, ge=1, description="Drawings a step.")
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW learning rate of the pre-training.")
+    seed: int = Field(0, ge=0, description="Seed of the initialisation, the drawings and their order.")
+
+
+class ModelConfig(_Section):
+    """The base model and how it sees a sample."""
+
+    base: str = Field(
+        "tiny:qwen3-vl", description="`tiny:<family>`, a local folder, `s3://bucket/prefix`, or a Hugging Face hub id."
+    )
+    revision: str = Field("main", description="Branch, tag or commit of a hub id.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of frozen weights and merge.")
+    min_pixels: int = Field(56 * 56, ge=1, description="Smaller images are enlarged to this many pixels.")
+    max_pixels: int = Field(512 * 512, ge=1, description="Larger images are reduced to this many pixels.")
+    max_length: int = Field(2048, ge=16, description="Samples with more tokens, image tokens counted, are rejected.")
+    tiny: TinyConfig = Field(default_factory=TinyConfig, description="Used when the base is `tiny:…`.")
+
+    @field_validator("base")
+    @classmethod
+    def _known_tiny(cls, value: str) -> str:
+        if value.startswith("tiny") and value not in ("tiny:qwen2-vl", "tiny:qwen2.5-vl", "tiny:qwen3-vl"):
+            raise ValueError("a tiny base is one of tiny:qwen2-vl, tiny:qwen2.5-vl, tiny:qwen3-vl")
+        return value
+
+    @model_validator(mode="after")
+    def _pixels_in_order(self) -> ModelConfig:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
+        return self
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32, gt=0, description="Scale; the update is B A alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+
+
+class StageConfig(_Section):
+    """One stage of fine-tuning. It starts from the base plus the adapters of the stages before it."""
+
+    name: str = Field(pattern=NAME, description="Lower-case name of the stage and of its adapter's folder.")
+    tune: list[Part] = Field(min_length=1, description="Which parts get an adapter.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="Rank, scale and dropout.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or `epochs`.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the training samples; give this or `steps`.")
+    samples: int | None = Field(None, ge=1, description="Use only this many training samples, chosen by the seed.")
+    batch_size: int = Field(8, ge=1, description="Samples a step and device.")
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are added before a step.")
+    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    evaluate_every: int = Field(50, ge=1, description="Steps between validation losses and checkpoints.")
+    validation_samples: int = Field(128, ge=1, description="At most so many validation samples are scored.")
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> StageConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"stage {self.name!r}: give exactly one of steps and epochs")
+        if len(set(self.tune)) != len(self.tune):
+            raise ValueError(f"stage {self.name!r}: tune names a part twice: {self.tune}")
+        return self
+
+
+class EvaluateConfig(_Section):
+    """What is predicted and scored."""
+
+    split: Literal["validation", "test"] = Field("test", description="The split that is answered and scored.")
+    limit: int | None = Field(None, ge=1, description="Score only this many samples, chosen by the run's seed.")
+    batch_size: int = Field(16, ge=1, description="Samples generated at once.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest answer in tokens.")
+    report_samples: int = Field(24, ge=0, description="How many sample cases the report shows.")
+
+
+class RuleConfig(_Section):
+    """One rule of acceptance: it holds when the tuned model's figure meets every bound that is given."""
+
+    name: str = Field(pattern=NAME, description="What the verdict calls the rule.")
+    metric: str = Field(description="A metric of results.json, such as `exact_match`.")
+    slice: str = Field("all", description="A slice of results.json, such as `all` or `answer_type=closed`.")
+    direction: Literal["higher", "lower"] = Field("higher", description="Which way is better.")
+    bound: float | None = Field(None, description="The figure's floor (direction higher) or ceiling (lower).")
+    margin: float | None = Field(None, description="How much better than the base's it must be; may be negative.")
+    min_n: int = Field(30, ge=1, description="With fewer samples the evidence is not enough: no pass.")
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> RuleConfig:
+        if self.bound is None and self.margin is None:
+            raise ValueError(f"rule {self.name!r}: give a bound, a margin, or both; else it measures nothing")
+        return self
+
+
+class PolicyConfig(_Section):
+    """The rules that a candidate must meet, all of them."""
+
+    name: str = Field(pattern=NAME, description="What the verdict calls the policy.")
+    rules: list[RuleConfig] = Field(min_length=1, description="Every rule must pass.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> PolicyConfig:
+        names = [rule.name for rule in self.rules]
+        if len(set(names)) != len(names):
+            raise ValueError(f"policy {self.name!r}: two rules have the same name: {names}")
+        return self
+
+
+class PublishConfig(_Section):
+    """Where a candidate that passed goes."""
+
+    bucket: str = Field(
+        "medforge", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="Bucket of the object store."
+    )
+    channel: str = Field("candidate", pattern=NAME, description="The channel that then names the release.")
+
+
+class RunConfig(_Section):
+    """One run, from source files to a candidate."""
+
+    name: str = Field(pattern=NAME, description="Name of the run and of the model that it makes.")
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn or shuffled.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Source, format and splits.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="Base model and image sizes.")
+    stages: list[StageConfig] = Field(min_length=1, description="The stages, in the order in which they run.")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="Split and generation.")
+    policy: PolicyConfig = Field(description="Rules of acceptance, in place or in a YAML file named from here.")
+    publish: PublishConfig = Field(default_factory=PublishConfig, description="Bucket and channel.")
+
+    @model_validator(mode="after")
+    def _stage_names_differ(self) -> RunConfig:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two stages have the same name: {names}")
+        return self
+
+    def stage(self, name: str) -> StageConfig:
+        """The stage of that name; ValueError lists the names there are."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(f"no stage is named {name!r}; the configuration has {[stage.name for stage in self.stages]}")
+
+    def to_json(self) -> str:
+        """The configuration as one line of JSON, as the pipeline carries it."""
+        return self.model_dump_json()
+
+
+def load_config(path: Path | str, overrides: Annotated[list[str], "section.field=value"] | None = None) -> RunConfig:
+    """The run that a YAML file describes, with `overrides` such as ``data.split=by-study`` or ``stages.0.steps=20``.
+
+    Raises ValueError that names the file and the field for a missing file, broken YAML, an unknown or a wrong field.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    for override in overrides or []:
+        _set(tree, override)
+    policy = tree.get("policy")
+    if isinstance(policy, str):
+        tree["policy"] = _read_yaml(path.parent / policy)
+    return _check(RunConfig, tree, str(path))
+
+
+def parse_config(text: str) -> RunConfig:
+    """The configuration that `RunConfig.to_json` wrote."""
+    return RunConfig.model_validate_json(text)
+
+
+def load_policy(path: Path | str) -> PolicyConfig:
+    """The policy in a YAML file."""
+    return _check(PolicyConfig, _read_yaml(Path(path)), str(path))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML text: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: is {'empty' if tree is None else 'not a mapping'}; `name: value` lines are expected")
+    return tree
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_.]+", key):
+        raise ValueError(f"override {override!r} is not of the form section.field=value")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for name in parents:
+        node = _item(node, name, override) if isinstance(node, list) else node.setdefault(name, {})
+        if not isinstance(node, dict | list):
+            raise ValueError(f"override {override!r}: {name} is a single value and has no fields")
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(items: list[Any], name: str, override: str) -> Any:
+    if not name.isdigit() or int(name) >= len(items):
+        raise ValueError(f"override {override!r}: {name!r} is not an index below {len(items)}")
+    return items[int(name)]
+
+
+def _check(model: type[Any], tree: dict[str, Any], where: str) -> Any:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            field = ".".join(str(part) for part in item["loc"]) or "(top)"
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                message = "is not a setting; `medforge config schema` lists them"
+            lines.append(f"{where}: {field}: {message}")
+        raise ValueError("\n".join(lines)) from None
