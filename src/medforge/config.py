@@ -22,7 +22,7 @@ class PhantomConfig(_Section):
     """The generated data set: drawn images that look like scans and are none."""
 
     images: int = Field(600, ge=12, description="How many images are drawn, over all splits.")
-    size: int = Field(112, ge=56, le=1024, description="Width and height of an image in pixels.")
+    size: int = Field(96, ge=56, le=1024, description="Width and height of an image in pixels.")
     seed: int = Field(0, ge=0, description="The same seed draws the same images and asks the same questions.")
 
 
@@ -56,7 +56,7 @@ class DataConfig(_Section):
 class TinyConfig(_Section):
     """The tiny model that is built on the spot, for demos and tests."""
 
-    steps: int = Field(800, ge=0, description="Pre-training steps on non-medical drawings.")
+    steps: int = Field(400, ge=0, description="Pre-training steps on non-medical drawings.")
     batch_size: int = Field(32, ge=1, description="Drawings a step.")
     learning_rate: float = Field(2e-3, gt=0, description="AdamW learning rate of the pre-training.")
     seed: int = Field(0, ge=0, description="Seed of the initialisation, the drawings and their order.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 
 from medforge import __version__
 from medforge.dataset import SCHEMA, SCHEMA_VERSION, Reject, root_digest, write_rejects
-from medforge.files import new_folder, sha256_file, write_json
+from medforge.files import new_folder, read_json, sha256_file, write_json
 from medforge.records import BOX_MARK, SPLITS, Sample
 
 SHARD_BYTES = 256 << 20
 GROUP_ROWS = 256
 GROUP_BYTES = 64 << 20
+GROUP_RAW_BYTES = 256 << 20  # repeats counted: Arrow lays out a group's images one by one, up to 2 GiB
 _SHARD_ROWS = 200_000
 _SUFFIX = {
     b"\x89PNG": "png",
@@ -28,6 +29,19 @@ _SUFFIX = {
     b"GIF8": "gif",
     b"RIFF": "webp",
 }
+
+
+def refuse_overwrite(folder: Path) -> None:
+    """ValueError when something else than a data set stands at `folder`: only a data set is ever replaced."""
+    if folder.is_dir() and (not any(folder.iterdir()) or "shards" in _manifest(folder)):
+        return
+    if folder.exists():
+        raise ValueError(f"{folder}: exists and is no data set, so it is not overwritten; name another place")
+
+
+def _manifest(folder: Path) -> Any:
+    path = folder / "manifest.json"
+    return read_json(path) if path.is_file() else {}
 
 
 class _Shards:
@@ -66,19 +80,22 @@ class _Shards:
         ) as writer:
             batch: list[Sample] = []
             held: set[str] = set()
-            size = 0
+            size = raw = 0
             for samples in self.groups.values():
                 for sample in samples:
                     new = {ref.sha256 for ref in sample.images} - held
                     added = sum(len(self.images[sha]) for sha in new)
-                    if batch and (len(batch) >= GROUP_ROWS or size + added > GROUP_BYTES):
+                    row = sum(len(self.images[ref.sha256]) for ref in sample.images)
+                    full = len(batch) >= GROUP_ROWS or size + added > GROUP_BYTES or raw + row > GROUP_RAW_BYTES
+                    if batch and full:
                         writer.write_table(self._table(batch))
-                        batch, held, size = [], set(), 0
+                        batch, held, size, raw = [], set(), 0, 0
                         new = {ref.sha256 for ref in sample.images}
                         added = sum(len(self.images[sha]) for sha in new)
                     batch.append(sample)
                     held |= new
                     size += added
+                    raw += row
             writer.write_table(self._table(batch))
         self.count += 1
         self.groups, self.images, self.size, self.rows = {}, {}, 0, 0
@@ -117,6 +134,9 @@ class DatasetWriter:
     with DatasetWriter(out, source="VQA-RAD", licence="CC0-1.0", converter="vqa-rad") as writer:
         writer.add(sample, [image_bytes])
         writer.reject(Reject(row_id, "convert", "missing-image", "…"))
+
+    `extra` names further JSON files, each made from the manifest when that is known. Raises ValueError when something
+    else than a data set stands at `folder`, or no sample was added.
     """
 
     def __init__(
@@ -126,10 +146,13 @@ class DatasetWriter:
         licence: str,
         converter: str,
         pixels: tuple[int, int] | None = None,
+        extra: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
     ) -> None:
+        refuse_overwrite(Path(folder))
         self._target = new_folder(Path(folder))
         self._about = {"source": source, "licence": licence, "converter": {"name": converter, "version": __version__}}
         self._pixels = pixels
+        self._extra = extra or {}
         self.rejects: list[Reject] = []
         self.counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
         self._images: dict[str, set[str]] = {split: set() for split in SPLITS}
@@ -229,6 +252,8 @@ class DatasetWriter:
             "rejected": dict(sorted(Counter(reject.reason for reject in self.rejects).items())),
             "shards": shards,
         }
+        for name, make in self._extra.items():
+            write_json(self._work / name, make(self.manifest))
         write_json(self._work / "manifest.json", self.manifest)
 
     def _name_shards(self, split: str, count: int) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-
+"""Releases: the verdict of a policy, an immutable release in the object store, and the signatures of reviewers."""

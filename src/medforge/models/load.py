@@ -1,0 +1,83 @@
+"""Models from folders: the base from wherever it is, and the base with the adapters of its stages.
+
+The adapters of a run are a stack: one folder that holds `01-<stage>`, `02-<stage>`, …, each a peft adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medforge.config import ModelConfig
+from medforge.files import link_tree
+from medforge.models.families import family_of
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pth", "*.pt")
+
+
+def import_base(config: ModelConfig, out: Path, download: Callable[[str, Path], None]) -> None:
+    """Put the base model in the folder `out`: built, linked, fetched by `download(url, out)`, or from the hub.
+
+    Raises ValueError when it cannot be found, or is no Qwen-VL.
+    """
+    if config.base.startswith("tiny:"):
+        from medforge.models.tiny import build
+
+        build(out, config.base.removeprefix("tiny:"), config.tiny)
+    elif config.base.startswith("s3://"):
+        download(config.base, out)
+    elif Path(config.base).is_dir():
+        family_of(Path(config.base))
+        link_tree(Path(config.base), out)
+    elif config.base.startswith((".", "/", "~")):
+        raise ValueError(f"model.base: no folder is at {config.base}")
+    else:
+        _from_hub(config, out)
+    family_of(out)
+
+
+def _from_hub(config: ModelConfig, out: Path) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from medforge.files import new_folder
+
+    try:
+        with new_folder(out) as work:
+            patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
+            snapshot_download(config.base, revision=config.revision, local_dir=work, allow_patterns=patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model.base: {config.base!r} is no local folder, and the hub did not give it (revision "
+            f"{config.revision!r}): {reason}. Check the name, log in with `hf auth login` for a gated model, or name a "
+            "folder or an s3:// prefix"
+        ) from None
+
+
+def stack(folder: Path | None) -> list[Path]:
+    """The adapters of a stack in the order in which they were trained; none for None."""
+    return sorted(path.parent for path in folder.glob("*/adapter_config.json")) if folder else []
+
+
+def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> Any:
+    """The model of `folder` in `dtype` with `adapters` merged into its weights in their order, on the CPU or the GPU.
+
+    Raises ValueError when the folder is no Qwen-VL model or its weights are broken.
+    """
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    transformers.utils.logging.disable_progress_bar()
+    family = family_of(folder)
+    try:
+        model = getattr(transformers, family.model_class).from_pretrained(str(folder), dtype=getattr(torch, dtype))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the model cannot be loaded: {str(error).splitlines()[0]}") from None
+    for adapter in adapters:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
