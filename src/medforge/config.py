@@ -48,7 +48,7 @@ class DataConfig(_Section):
         "report", description="Training samples whose image or study is also in the test split: report or reject them."
     )
     max_rejected: float = Field(
-        0.05, ge=0, le=1, description="Share of rejected samples above which the run stops (shared images not counted)."
+        0.05, ge=0, le=1, description="Share of rejected samples that stops the run; repeats and shared images apart."
     )
     phantom: PhantomConfig = Field(default_factory=PhantomConfig, description="Used when the source is `phantom`.")
 
@@ -93,7 +93,7 @@ class LoraConfig(_Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
     r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(32, gt=0, description="Scale; the update is B A alpha / r.")
+    alpha: int = Field(32, ge=1, description="Scale; the update is B A alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
 
 

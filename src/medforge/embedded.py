@@ -1,7 +1,8 @@
 """The embedded S3 server: `rclone serve s3` over a folder, for one machine without an object store of its own.
 
 It listens on a free port of the loopback interface only, with keys that are made on first use. It ends with the
-process that started it, however that ends. Several may serve the same folder at once: none caches what it lists.
+process that started it, however that ends. Several may serve the same folder at once: each sees the others' writes
+within milliseconds.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _start(binary: str, folder: Path, access_key: str, secret_key: str, log: Pat
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
     environment["RCLONE_AUTH_KEY"] = f'"{access_key},{secret_key}"'  # an argument would show in the process list
     command = [binary, "serve", "s3", str(folder), "--config", "", "--addr", "127.0.0.1:0"]
-    command += ["--dir-cache-time", "0s"]  # so that two servers over one folder see each other's writes
+    # Two servers over one folder see each other's writes after these 5 ms. Not 0s: rclone's timer then never rests.
+    command += ["--dir-cache-time", "5ms"]
     command += ["--etag-hash", ""]  # else every listing reads and hashes every object
     command += ["--log-format", "date,time,pid"]
     with log.open("ab") as stream:

@@ -34,11 +34,12 @@ FileTable = dict[str, dict[str, Any]]
 
 
 class Entry(NamedTuple):
-    """One object of a listing: its key, its size in bytes, and the server's ETag, which proves nothing."""
+    """One object of a listing: key, size in bytes, the server's ETag (which proves nothing) and time of writing."""
 
     key: str
     size: int
     etag: str
+    modified: str = ""
 
 
 Entries = list[Entry]
@@ -106,8 +107,6 @@ class Store:
         region = values.get("MEDFORGE_S3_REGION") or "us-east-1"
         return cls(endpoint, values["MEDFORGE_S3_ACCESS_KEY"], values["MEDFORGE_S3_SECRET_KEY"], region, secure)
 
-    # --- single objects -----------------------------------------------------------------------------------------
-
     def put(self, bucket: str, key: str, data: bytes) -> None:
         """Write one object whole, over the one that was there."""
         check_name(key, f"s3://{bucket}")
@@ -164,8 +163,6 @@ class Store:
             )
             os.replace(path, target)
 
-    # --- listings -----------------------------------------------------------------------------------------------
-
     def list(self, bucket: str, prefix: str = "") -> Entries:
         """The objects below the folder `prefix`, sorted by key: `v1` lists `v1/…` and never `v10/…`."""
         return self._listing(bucket, _folder(prefix))
@@ -198,8 +195,6 @@ class Store:
                 except S3Error as error:  # somebody else made it in between
                     if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                         raise
-
-    # --- folders ------------------------------------------------------------------------------------------------
 
     def upload_folder(self, folder: Path, bucket: str, prefix: str) -> FileTable:
         """Write a folder's files below `prefix`, and last their manifest, which is returned.
@@ -298,12 +293,10 @@ class Store:
         transfer(f"check s3://{bucket}/{prefix}", same_size, check)
         return sorted(different)
 
-    # --- the inside ---------------------------------------------------------------------------------------------
-
     def _listing(self, bucket: str, prefix: str) -> Entries:
         with explained(self.url, bucket):
             found = self._client.list_objects(bucket_name=bucket, prefix=prefix or None, recursive=True)
-            return sorted(Entry(str(item.object_name), item.size or 0, item.etag or "") for item in found)
+            return sorted(_entry(item) for item in found)
 
     def _send(self, source: Path, bucket: str, key: str, count: Counter) -> dict[str, Any]:
         with source.open("rb") as stream, explained(self.url, bucket, key):
@@ -359,6 +352,11 @@ class Store:
                     response.release_conn()
         if done != size:
             raise ValueError(f"s3://{bucket}/{key}: is corrupted: it has {done} bytes, not {size}")
+
+
+def _entry(item: Any) -> Entry:
+    modified = item.last_modified.isoformat() if item.last_modified else ""
+    return Entry(str(item.object_name), item.size or 0, item.etag or "", modified)
 
 
 def read_table(value: Any, where: str) -> FileTable:

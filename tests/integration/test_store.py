@@ -137,6 +137,7 @@ def test_a_damaged_folder_is_refused(
     else:
         (stored / MANIFEST).write_bytes(b'{"../x": {}}')
         message = "is refused"
+    time.sleep(0.02)  # the server lists what changes beneath it after milliseconds
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "kept").write_bytes(b"1")
     with pytest.raises(ValueError, match=message):
@@ -226,9 +227,11 @@ def test_two_servers_over_one_folder_see_each_others_writes(root: Path, store: S
         assert other.list(bucket) == []
         for text in (b"first", b"second, longer"):
             store.put(bucket, "x/y", text)
+            time.sleep(0.02)  # what `embedded` promises: not minutes, as rclone's own cache would have it
             assert other.get(bucket, "x/y") == text
             assert [entry[:2] for entry in other.list(bucket, "x")] == [("x/y", len(text))]
         other.ensure_bucket("made-by-other")
+        time.sleep(0.02)
         assert "made-by-other" in store.buckets()
 
 
@@ -255,7 +258,7 @@ with serve(Path(sys.argv[1])):
 
 
 def _servers(root: Path) -> list[str]:
-    out = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(["ps", "-ewwo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
     return [line for line in out.splitlines() if f"serve s3 {root}/" in line and " Z" not in line]
 
 

@@ -65,8 +65,8 @@ def test_bounds_and_margins(tuned: float, base: float, rule: dict[str, Any], out
         (_results(0.9, 0.1), {"bound": 0.1, "slice": "answer_type=closed"}, "no 'answer_type=closed'"),
         (_results(0.9, None), {"margin": 0.1}, "base has no figure"),
         (_results(0.9, 0.1, base_n=99), {"margin": 0.1}, "tuned has 100 samples and base 99"),
-        ({"arms": {"tuned": _results(0.9, 0.1)["arms"]["tuned"]}}, {"margin": 0.1}, "base has no 'base'"),
-        ({"arms": {}}, {"bound": 0.1}, "tuned has no 'tuned'"),
+        ({"arms": {"tuned": _results(0.9, 0.1)["arms"]["tuned"]}}, {"margin": 0.1}, "base is not in the results"),
+        ({"arms": {}}, {"bound": 0.1}, "tuned is not in the results"),
     ],
 )
 def test_missing_evidence_never_passes(results: dict[str, Any], rule: dict[str, Any], why: str) -> None:

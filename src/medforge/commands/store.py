@@ -42,6 +42,7 @@ def add_root(command: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     import threading
+    from contextlib import suppress
 
     from medforge.embedded import serve
     from medforge.storage import is_configured
@@ -57,7 +58,9 @@ def _serve(arguments: argparse.Namespace) -> None:
             # The keys stay in their file: what is printed ends up in logs.
             read = f"import json; print(json.load(open('{keys.resolve()}'))['{field}'])"
             print(f'  export {name}="$(python3 -c "{read}")"', flush=True)
-        threading.Event().wait()
+        with suppress(KeyboardInterrupt):  # the way in which it is meant to end
+            threading.Event().wait()
+    print("The store is stopped.")
 
 
 def _ls(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import re
 
 # question type, English words, Chinese words (which no space sets apart, so they match anywhere)
 _WORDS: tuple[tuple[str, str, str], ...] = (
-    ("counting", r"how many|number of|count|quantity", "多少|几个|几|数量"),
+    ("quantity", r"how many|number of|count|quantity", "多少|几个|几|数量"),
     ("color", r"colou?rs?", "颜色"),
     ("plane", r"planes?|axial|sagittal|coronal|cross[- ]section(al)?", "平面|切面|横断面|矢状|冠状"),
     (
@@ -55,7 +55,7 @@ _YES_NO = frozenset(
 
 
 def question_type(question: str) -> str:
-    """counting, color, plane, modality, size, attribute, position, abnormality, organ, presence or other."""
+    """quantity, color, plane, modality, size, attribute, position, abnormality, organ, presence or other."""
     for name, rule in _RULES:
         if rule.search(question):
             return name

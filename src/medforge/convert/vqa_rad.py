@@ -49,7 +49,7 @@ QUESTION_TYPES = {
     "COLOR": "color",
     "ATTRIB": "attribute",
     "ATRIB": "attribute",
-    "COUNT": "counting",
+    "COUNT": "quantity",
     "OTHER": "other",
 }
 _PARQUET_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}

@@ -15,6 +15,7 @@ def seeded(seed: int) -> Iterator[None]:
     import torch
 
     was = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     random.seed(seed)
     np.random.seed(seed)  # libraries draw from numpy's global state
     torch.manual_seed(seed)
@@ -22,4 +23,4 @@ def seeded(seed: int) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was)
+        torch.use_deterministic_algorithms(was, warn_only=only_warned)

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IGNORE = -100  # the label that carries no loss
+# what turns and images are made of: in a sample's own text they would forge a turn, or an image that is not there
+CONTROL = (
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Encoder:
     def encode(self, sample: Sample, images: Sequence[Image] | Seen, last_answer_only: bool = False) -> Encoded:
         """The whole conversation, with labels on every answer, or on the last one only.
 
-        Raises ValueError when the image marks do not fit the images.
+        Raises ValueError when the image marks do not fit the images, or a text holds one of the CONTROL tokens.
         """
         seen = images if isinstance(images, Seen) else self.see(images)
         ids, tokens = self._tokens(messages(sample, self.family, seen.sizes), seen.grid, prompt=False)
@@ -114,12 +119,13 @@ class Encoder:
         """What is asked: the conversation up to its last answer, ready for the model to go on. No label is set."""
         seen = images if isinstance(images, Seen) else self.see(images)
         turns = messages(sample, self.family, seen.sizes)
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
+        answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+        turns = turns[: answers[-1]] if answers else turns
         ids, tokens = self._tokens(turns, seen.grid, prompt=True)
         return Encoded(ids, np.full_like(ids, IGNORE), seen.pixel_values, seen.grid, tokens, seen.sizes)
 
     def _tokens(self, turns: list[dict[str, Any]], grid: np.ndarray, prompt: bool) -> tuple[np.ndarray, int]:
+        _refuse_control(turns)
         text = self.tokenizer.apply_chat_template(
             turns, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
         )
@@ -141,6 +147,17 @@ class Encoder:
             stop = start + int(ends[0]) + 1 if len(ends) else len(ids)
             labels[start + width : stop] = ids[start + width : stop]
         return labels
+
+
+def _refuse_control(turns: list[dict[str, Any]]) -> None:
+    for number, turn in enumerate(turns):
+        content = turn["content"]
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        for token in CONTROL:
+            if any(token in text for text in texts):
+                raise ValueError(
+                    f"turn {number} ({turn['role']}) holds {token}, which only the chat template may write"
+                )
 
 
 def _template(folder: Path) -> str:

@@ -5,6 +5,7 @@ The adapters of a run are a stack: one folder that holds `01-<stage>`, `02-<stag
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ def import_base(config: ModelConfig, out: Path, download: Callable[[str, Path], 
         build(out, config.base.removeprefix("tiny:"), config.tiny)
     elif config.base.startswith("s3://"):
         download(config.base, out)
-    elif Path(config.base).is_dir():
-        family_of(Path(config.base))
-        link_tree(Path(config.base), out)
+    elif (folder := Path(config.base).expanduser()).is_dir():
+        family_of(folder)
+        link_tree(folder, out)
     elif config.base.startswith((".", "/", "~")):
         raise ValueError(f"model.base: no folder is at {config.base}")
     else:
@@ -47,6 +48,7 @@ def _from_hub(config: ModelConfig, out: Path) -> None:
         with new_folder(out) as work:
             patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
             snapshot_download(config.base, revision=config.revision, local_dir=work, allow_patterns=patterns)
+            shutil.rmtree(work / ".cache", ignore_errors=True)  # the hub's notes hold times: the digest would differ
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -73,9 +75,14 @@ def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> Any:
     transformers.utils.logging.disable_progress_bar()
     family = family_of(folder)
     try:
-        model = getattr(transformers, family.model_class).from_pretrained(str(folder), dtype=getattr(torch, dtype))
-    except (OSError, SafetensorError) as error:
+        model, found = getattr(transformers, family.model_class).from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: the model cannot be loaded: {str(error).splitlines()[0]}") from None
+    if found["missing_keys"]:  # transformers would go on with random weights in their place
+        lost = sorted(found["missing_keys"])
+        raise ValueError(f"{folder}: the model cannot be loaded: {len(lost)} weights are missing; first: {lost[0]}")
     for adapter in adapters:
         from peft import PeftModel
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -60,13 +61,14 @@ def render_box(box: Box, family: Family, size: Size) -> str:
 def parse_boxes(text: str, family: Family, size: Size) -> list[tuple[float, float, float, float]]:
     """The boxes that a model wrote, normalised to 0–1 and in their order.
 
-    Text that is not in the family's notation gives none. Values are not clipped: a box out of range or inverted is
-    the model's mistake, and the metrics have to see it.
+    Text that is not in the family's notation gives none, nor do numbers too large for a float. Values are not clipped:
+    a box out of range or inverted is the model's mistake, and the metrics have to see it.
     """
     scale = size if family.box_space == "json-pixels" else (1000, 1000)
     pattern = _TOKENS if family.box_space == "tokens-1000" else _JSON
     boxes = []
     for match in pattern.finditer(text):
         x1, y1, x2, y2 = (float(value) / scale[axis % 2] for axis, value in enumerate(match.groups()))
-        boxes.append((x1, y1, x2, y2))
+        if all(map(math.isfinite, (x1, y1, x2, y2))):
+            boxes.append((x1, y1, x2, y2))
     return boxes

@@ -82,6 +82,8 @@ def build(out: Path, family: str, config: TinyConfig) -> dict[str, Any]:
             "torch": str(torch.__version__).split("+")[0],
         }
         write_json(folder / "tiny.json", about | {"config": config.model_dump()})
+        for path in folder.iterdir():
+            path.chmod(0o644)  # safetensors makes 0600
     return about
 
 

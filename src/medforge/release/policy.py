@@ -99,7 +99,8 @@ def _figure(arms: dict[str, Any], arm: str, rule: RuleConfig) -> _Figure:
     node: Any = arms
     for name in (arm, rule.slice, rule.metric):
         if not isinstance(node, dict) or name not in node:
-            return _Figure(None, 0, f"has no {name!r} in the results")
+            missing = "is not in the results" if name == arm else f"has no {name!r} in the results"
+            return _Figure(None, 0, missing)
         node = node[name]
     if not isinstance(node, dict):
         return _Figure(None, 0, "has no value and n in the results")

@@ -14,11 +14,15 @@ WHOLE = "whole.json"
 
 
 class MarkWhole(TrainerCallback):
-    """Marks a checkpoint when all of it is on the disk: one that a kill cut short has no mark, and is passed over."""
+    """Marks a checkpoint when all of it is on the disk: one that a kill cut short has no mark, and is passed over.
+
+    The mark names the files, so that a checkpoint whose deletion a kill cut short is passed over too.
+    """
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(folder / WHOLE, {"step": state.global_step})
+        files = sorted(path.name for path in folder.iterdir() if path.name != WHOLE)
+        write_json(folder / WHOLE, {"step": state.global_step, "files": files})
 
 
 class ShowProgress(TrainerCallback):

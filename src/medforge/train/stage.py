@@ -13,7 +13,7 @@ from typing import Any
 
 from medforge.config import ModelConfig, StageConfig
 from medforge.dataset import Dataset
-from medforge.files import link_tree, new_folder, tree_digest, write_json
+from medforge.files import link_tree, new_folder, read_json, tree_digest, write_json
 from medforge.models.determinism import seeded
 from medforge.models.encode import Encoder
 from medforge.models.families import family_of, lora_targets
@@ -75,12 +75,22 @@ def run(
         for path in before:
             link_tree(path, folder / path.name)
         adapter = folder / f"{len(before) + 1:02d}-{stage.name}"
-        model.peft_config["default"].base_model_name_or_path = None  # a path of this machine is no part of the result
-        model.save_pretrained(adapter)
-        (adapter / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        _save_adapter(model, adapter)
         write_json(adapter / "stage.json", about)
         plot_curves(about["curves"], stage.name, adapter / "curves.png")
     return about
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter so that the same weights give the same bytes on any machine."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    settings = read_json(folder / "adapter_config.json")
+    settings["base_model_name_or_path"] = None  # peft puts the path on this machine
+    settings["target_modules"] = sorted(settings["target_modules"])  # peft writes a set, in each process's own order
+    write_json(folder / "adapter_config.json", settings)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors makes 0600
 
 
 def _with_lora(model: Any, base: Path, stage: StageConfig) -> Any:
@@ -107,6 +117,7 @@ def _trainer(
 
     import torch
     from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+    from transformers.integrations import TensorBoardCallback
 
     from medforge.train.callbacks import MarkWhole, ShowProgress
 
@@ -117,6 +128,8 @@ def _trainer(
     log_every = max(n for n in range(1, min(10, every) + 1) if every % n == 0)
     best = bool(held_out)
     logs.mkdir(parents=True, exist_ok=True)
+    board = TensorBoardCallback()
+    board.logging_dir = str(logs)  # TrainingArguments no longer takes the folder; it would be work/runs
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
@@ -142,7 +155,7 @@ def _trainer(
         greater_is_better=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=["tensorboard"],
+        report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
@@ -153,7 +166,7 @@ def _trainer(
         train_dataset=train_rows,
         eval_dataset=EncodedSamples(dataset, held_out, encoder) if best else None,
         data_collator=train_rows.collate,
-        callbacks=[MarkWhole(), ShowProgress(f"training {stage.name}")],
+        callbacks=[MarkWhole(), board, ShowProgress(f"training {stage.name}")],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -167,11 +180,20 @@ def _steps(samples: int, stage: StageConfig) -> int:
 
 
 def _last_whole(work: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
+    """The newest checkpoint that was written to its end, and of which nothing was deleted since."""
     from medforge.train.callbacks import WHOLE
 
-    whole = [path.parent for path in work.glob(f"checkpoint-*/{WHOLE}")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    marks = {path.parent: read_json(path) for path in work.glob(f"checkpoint-*/{WHOLE}")}
+    whole = [folder for folder, mark in marks.items() if all((folder / name).is_file() for name in mark["files"])]
+    if not whole:
+        return None
+    newest = max(whole, key=lambda folder: int(marks[folder]["step"]))
+    state = read_json(newest / "trainer_state.json")
+    if state["best_model_checkpoint"] is not None:  # the work folder may have been moved since
+        best = str(work / Path(state["best_model_checkpoint"]).name)
+        if best != state["best_model_checkpoint"]:
+            write_json(newest / "trainer_state.json", state | {"best_model_checkpoint": best})
+    return str(newest)
 
 
 def _curves(history: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ from medforge.convert import types
 @pytest.mark.parametrize(
     ("question", "expected"),
     [
-        ("How many lesions are there?", "counting"),
+        ("How many lesions are there?", "quantity"),
         ("What color is the liver?", "color"),
         ("Is this an axial slice?", "plane"),
         ("Is this a CT scan?", "modality"),
@@ -21,7 +21,7 @@ from medforge.convert import types
         ("Does he smoke?", "presence"),
         ("Why?", "other"),
         ("The patient is active.", "other"),  # `ct` and `any` match whole words only
-        ("图中有几个肿块？", "counting"),
+        ("图中有几个肿块？", "quantity"),
         ("这是什么模态？", "modality"),
         ("病变在哪里？", "position"),
         ("图中是否有肝脏？", "presence"),

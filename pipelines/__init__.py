@@ -1,0 +1,1 @@
+"""The pipelines, and running, compiling and submitting them."""

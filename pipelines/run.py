@@ -1,0 +1,267 @@
+"""Run the retraining pipeline on this machine: `python -m pipelines.run`, or `make pipeline-run`.
+
+Everything that a run leaves stands in `runs/<run id>/`; finished steps are kept in `.medforge/workspace` and reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from medforge.config import RunConfig, load_config
+from medforge.files import link_tree, read_json, write_json
+from medforge.workspace import code_version, libraries
+from pipelines.console import Console
+
+DEFAULT_CONFIG = "pipelines/configs/phantom.yaml"
+NOISE = ("kfp", "absl")
+
+
+class RunFailedError(RuntimeError):
+    """A step failed; the message says which and why."""
+
+
+def main() -> int:
+    """Run the pipeline as the command line says. Returns 0 for a candidate, 3 for a verdict that did not pass."""
+    arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    overrides = list(arguments.set)
+    if arguments.data:
+        overrides.append(f"data.source={json.dumps(_source(arguments.data))}")
+    try:
+        config = load_config(arguments.config or DEFAULT_CONFIG, overrides)
+        manifest = run(config, Path(arguments.runs).resolve(), Path(arguments.root).resolve(), sys.stdout)
+    except (ValueError, OSError, RunFailedError) as error:
+        print(f"pipeline-run: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pipeline-run: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0 if manifest["passed"] else 3
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.run", description=__doc__)
+    parser.add_argument("--config", default="", help=f"the run's YAML file (default {DEFAULT_CONFIG})")
+    parser.add_argument("--data", default="", help="a folder, JSON file or s3:// prefix; overrides data.source")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="such as data.split=by-study")
+    parser.add_argument("--runs", default="runs", help="where runs are written (default runs)")
+    parser.add_argument("--root", default=".medforge", help="embedded store and workspace (default .medforge)")
+    return parser
+
+
+def _source(data: str) -> str:
+    if data.startswith("s3://") or data == "phantom":
+        return data
+    if not Path(data).exists():
+        raise SystemExit(f"pipeline-run: DATA {data}: no such file or folder")
+    return str(Path(data).resolve())
+
+
+def run(config: RunConfig, runs: Path, root: Path, terminal: Any) -> dict[str, Any]:
+    """Run the pipeline for `config`; returns the content of the run's run.json.
+
+    Raises RunFailedError when a step fails, ValueError when this machine cannot run it.
+    """
+    config = _absolute(config)
+    # kfp's local runner puts its own interpreter in the place of these letters wherever they stand in an argument
+    if "python3" in str(runs):
+        raise ValueError(f"{runs}: the path holds 'python3', which kfp's local runner would rewrite; move the project")
+    run_id, folder = _new_folder(config, runs)
+    manifest: dict[str, Any] = {
+        "run": run_id,
+        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "code": code_version(),
+        "libraries": libraries(),
+        "config": config.model_dump(),
+        "status": "running",
+        "passed": False,
+        "release": None,
+        "steps": [],
+    }
+    write_json(folder / "run.json", manifest)
+    clock = time.monotonic()
+    console = Console(folder / "log.txt", terminal)
+    with contextlib.redirect_stdout(console), contextlib.closing(console):
+        print(f"run {run_id}: everything is written to {folder}")
+        try:
+            with _store(root, folder), _no_child_left():
+                outputs = _run_pipeline(config, folder)
+            manifest["status"] = "finished"
+        except BaseException:
+            manifest["status"] = "failed"
+            raise
+        finally:
+            manifest["seconds"] = round(time.monotonic() - clock, 1)
+            manifest["steps"] = _records(folder)
+            manifest |= _outcome(manifest["steps"])
+            write_json(folder / "run.json", manifest)
+            _point_latest(runs, folder)
+        _collect(outputs, folder)
+        _summary(manifest, folder)
+    return manifest
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """The configuration with local paths made absolute: the steps run in folders of their own."""
+    source, base = config.data.source, config.model.base
+    data = config.data.model_copy(update={"source": str(Path(source).resolve()) if Path(source).exists() else source})
+    model = config.model.model_copy(update={"base": str(Path(base).resolve()) if Path(base).is_dir() else base})
+    return config.model_copy(update={"data": data, "model": model})
+
+
+def _new_folder(config: RunConfig, runs: Path) -> tuple[str, Path]:
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    for number in range(100):
+        run_id = f"{config.name}-{stamp}" + (f"-{number}" if number else "")
+        with contextlib.suppress(FileExistsError):
+            (runs / run_id).mkdir(parents=True)
+            return run_id, runs / run_id
+    raise RuntimeError(f"{runs}: a hundred runs started in the same second")
+
+
+@contextlib.contextmanager
+def _store(root: Path, folder: Path) -> Iterator[None]:
+    """The environment of the steps: the object store, the workspace, and the run that they belong to."""
+    from medforge.embedded import serve
+    from medforge.storage import is_configured
+
+    steps = {
+        "MEDFORGE_WORKSPACE": str(root / "workspace"),
+        "MEDFORGE_RUN": str(folder),
+        "MEDFORGE_RUN_PID": str(os.getpid()),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    before = dict(os.environ)
+    with contextlib.ExitStack() as stack:
+        server = {} if is_configured() else stack.enter_context(serve(root))
+        os.environ.update(steps | server)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _no_child_left() -> Iterator[None]:
+    """End what the block has started, and all that those started, if it is left by an exception."""
+    import psutil
+
+    before = {child.pid for child in psutil.Process().children()}
+    try:
+        yield
+    except BaseException:
+        started = [child for child in psutil.Process().children() if child.pid not in before]
+        family = [process for child in started for process in [*child.children(recursive=True), child]]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=5)
+        for process in alive:
+            process.kill()
+        raise
+
+
+def _run_pipeline(config: RunConfig, folder: Path) -> Path:
+    """Run it by kfp's local runner; returns the folder of the artifacts."""
+    # kfp tells each argument of each step; the run's own lines say what a user wants to know
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from kfp import local
+
+        from pipelines.retrain import build
+
+        artifacts = folder / "artifacts"
+        local.init(
+            runner=local.SubprocessRunner(use_venv=False),
+            pipeline_root=str(artifacts),
+            workspace_root=str(folder / "kfp"),
+            raise_on_error=True,
+            enable_caching=False,
+        )
+        try:
+            # the escape is the same JSON; it keeps a path in it from being rewritten (see `run`)
+            build(config)(config=config.to_json().replace("python3", "pytho\\u006e3"))
+        except RuntimeError as error:
+            raise RunFailedError(_failure(folder) or str(error)) from None
+        finally:
+            logging.disable(logging.NOTSET)
+            shutil.rmtree(folder / "kfp", ignore_errors=True)
+    return artifacts
+
+
+def _failure(folder: Path) -> str | None:
+    for path in sorted(folder.glob("steps/*.error")):
+        error = read_json(path)
+        return f"{error['task']}: {error['error']}\n(the whole log is in {folder / 'log.txt'})"
+    return None
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """What the steps noted, in the order in which they ended."""
+    paths = sorted((folder / "steps").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [read_json(path) for path in paths]
+
+
+def _outcome(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    values = {step["task"]: step["values"] for step in steps}
+    return {"passed": bool(values.get("gate", {}).get("passed")), "release": values.get("publish", {}).get("release")}
+
+
+def _point_latest(runs: Path, folder: Path) -> None:
+    fresh = runs / f".latest-{folder.name}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name)
+    fresh.replace(runs / "latest")
+
+
+def _collect(artifacts: Path, folder: Path) -> None:
+    """Put what a reader wants at the top of the run's folder."""
+    wanted = {
+        "evaluate/results": "evaluation",
+        "gate/verdict": "verdict.json",
+        "report/html": "report.html",
+    }
+    for inner, name in wanted.items():
+        (found,) = artifacts.glob(f"*/{inner}")
+        if found.is_dir():
+            for file in found.iterdir():
+                link_tree(file, folder / file.name)
+        else:
+            link_tree(found, folder / name)
+
+
+def _summary(manifest: dict[str, Any], folder: Path) -> None:
+    from medforge.evaluate.compare import summary_lines
+    from medforge.release.policy import failed_rules
+
+    print("\n".join(summary_lines(read_json(folder / "results.json"))))
+    reused = [step["task"] for step in manifest["steps"] if step["reused"]]
+    print(f"{manifest['seconds']:.0f} s; reused: {', '.join(reused) or 'nothing'}")
+    print(f"report:  {folder / 'report.html'}")
+    if manifest["passed"]:
+        config = manifest["config"]["publish"]
+        print(f"release: s3://{config['bucket']}/releases/{manifest['release']} (channel {config['channel']})")
+    else:
+        print("release: none; the candidate did not pass:")
+        print("\n".join(f"  {line}" for line in failed_rules(read_json(folder / "verdict.json"))))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

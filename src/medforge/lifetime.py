@@ -1,0 +1,40 @@
+"""Processes that end with the one they work for, however that one ends."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+_POLL_SECONDS = 0.5
+
+
+def end_with(pid: int) -> None:
+    """End this process, from a background thread, as soon as process `pid` is gone."""
+    _watch(lambda: _is_alive(pid))
+
+
+def end_with_parent() -> None:
+    """End this process, from a background thread, as soon as its parent is gone."""
+    parent = os.getppid()
+    _watch(lambda: os.getppid() == parent)
+
+
+def _watch(is_wanted: Callable[[], bool]) -> None:
+    def poll() -> None:
+        while is_wanted():
+            time.sleep(_POLL_SECONDS)
+        os._exit(143)  # nobody is left to read an exception
+
+    threading.Thread(target=poll, name="lifetime", daemon=True).start()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
