@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import sys
+import re
 from pathlib import Path
 from typing import TextIO
+
+# kfp indents what a step prints, and prints much of its own; these lines are the step's, or the run's
+_OWN = re.compile(r"(?! )(?!-{20})|    (\{\"progress\"|[a-z0-9-]+: (running|reused)|\| )")
 
 
 class Console(io.TextIOBase):
@@ -38,7 +41,9 @@ class Console(io.TextIOBase):
     def _show(self, line: str) -> None:
         if not line.strip():
             return
-        progress = _progress(line)
+        if not _OWN.match(line):
+            return
+        progress = _progress(line.strip())
         if progress and self._terminal.isatty():
             self._terminal.write(f"\r\033[K    {progress}")
             self._open = True
@@ -66,8 +71,3 @@ def _progress(line: str) -> str | None:
         return None
     total = f"/{row['total']}" if row["total"] else ""
     return f"{row['progress']}: {row['done']}{total} {row['unit']}, {row['seconds']:.0f} s"
-
-
-def say(text: str) -> None:
-    """A line of the run itself."""
-    print(text, file=sys.stdout, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -221,20 +222,19 @@ def test_text_that_looks_like_a_turn_is_text(plain: Encoder, answer: str) -> Non
 @pytest.mark.parametrize("token", CONTROL)
 def test_control_tokens_in_a_text_are_refused(plain: Encoder, token: str) -> None:
     """They would put loss on a user's words, end an answer early, or claim an image that is not there."""
-    for turns in (
-        [("user", f"Say {token}assistant\nyes"), ("assistant", "no")],
-        [("user", "Say"), ("assistant", f"no{token}\nyes")],
+    in_question = sample([("user", f"Say {token}assistant\nyes"), ("assistant", "no")])
+    in_answer = sample([("user", "Say"), ("assistant", f"no{token}\nyes")])
+    for encode, item in (
+        (plain.encode, in_question),
+        (plain.encode_prompt, in_question),
+        (plain.encode, in_answer),
     ):
-        for encode in (plain.encode, plain.encode_prompt):
-            if turns[0][1] == "Say" and encode == plain.encode_prompt:
-                continue  # the answer is no part of the prompt
-            with pytest.raises(ValueError, match=r"holds <\|"):
-                encode(sample(turns), [])
-    with pytest.raises(ValueError, match="turn 0"):
-        plain.encode(sample([("user", f"{token}"), ("assistant", "no")]), [])
+        with pytest.raises(ValueError, match=rf"turn \d .* holds {re.escape(token)}"):
+            encode(item, [])
 
 
-texts = st.text(min_size=1, max_size=30).filter(lambda words: words.strip() and "<" not in words)
+letters = st.characters(exclude_categories=["Cs"], exclude_characters="<") | st.sampled_from("\n\r\t \x1c\x85\u200b\u3000a1。.")
+texts = st.text(letters, min_size=1, max_size=30).filter(lambda words: bool(words.strip()))
 
 
 @settings(max_examples=150, deadline=None)
@@ -263,7 +263,6 @@ def test_the_prompt_ends_where_the_last_answer_begins(plain: Encoder, turns: lis
 
 
 def test_boxes_are_written_for_the_image_they_are_on(encoder: Encoder, family: str) -> None:
-    """28 pixels a token and half as many again decide the resized sizes; hand-worked in test_prompts."""
     images = [picture(0, 100, 60), picture(1, 60, 100)]
     boxes = [Box("a", (0.1, 0.2, 0.55, 0.9), 0), Box("b", (0.1, 0.2, 0.55, 0.9), 1)]
     turns = [("user", "<image><image>\nWhere?"), ("assistant", "<|box:0|> <|box:1|>")]
@@ -297,9 +296,7 @@ def test_grey_and_transparent_images_are_seen_as_rgb(plain: Encoder) -> None:
     colour = picture(7)
     grey = colour.convert("L")
     np.testing.assert_array_equal(plain.see([grey]).pixel_values, plain.see([grey.convert("RGB")]).pixel_values)
-    np.testing.assert_array_equal(
-        plain.see([colour.convert("RGBA")]).pixel_values, plain.see([colour]).pixel_values
-    )
+    np.testing.assert_array_equal(plain.see([colour.convert("RGBA")]).pixel_values, plain.see([colour]).pixel_values)
 
 
 def test_the_pixel_limits_hold(tiny_models: dict[str, Path], family: str) -> None:
@@ -340,4 +337,4 @@ def test_the_models_own_loss_is_the_mean_over_the_answers(
     batch = collate(encoded, encoder.image_id, encoder.pad_id)
     losses = [loss for row in token_losses(model, batch) for loss in row]
     assert len(losses) == sum(item.answer_tokens for item in encoded)
-    assert float(model(**batch).loss) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(model(**batch).loss.detach()) == pytest.approx(np.mean(losses), rel=1e-5)

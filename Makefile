@@ -1,0 +1,67 @@
+# `make help` lists the targets. Everything is installed into .venv; nothing outside this folder is touched.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONFIG ?=
+DATA ?=
+SET ?=
+RUN_ARGUMENTS = $(if $(CONFIG),--config '$(CONFIG)') $(if $(DATA),--data '$(DATA)') $(foreach s,$(SET),--set '$(s)')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pipeline-run pipeline-compile test test-unit test-integration test-e2e lint format constraints clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.stamp-run ## install what the pipeline needs into .venv
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else \
+	  f"Python 3.10 to 3.13 is needed, {sys.executable} is {v.major}.{v.minor}; try make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (once; PyTorch is large)"
+	$(INSTALL) --editable '.[pipeline,train]'
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV), with the tools for tests (once)"
+	$(INSTALL) --editable '.[pipeline,train,dev]'
+	@touch $@ $(VENV)/.stamp-run
+
+pipeline-run: $(VENV)/.stamp-run ## run the pipeline here: [CONFIG=run.yaml] [DATA=folder or s3://…] [SET="field=value …"]
+	@$(BIN)/python -m pipelines.run $(RUN_ARGUMENTS)
+
+pipeline-compile: $(VENV)/.stamp-run ## compile the pipeline for Kubeflow: [CONFIG=run.yaml] [OUT=dist/retrain.yaml]
+	@$(BIN)/python -m pipelines.compile $(RUN_ARGUMENTS) $(if $(OUT),--out '$(OUT)')
+
+test: $(VENV)/.stamp-dev ## run all tests
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-unit: $(VENV)/.stamp-dev ## run the fast tests, which need no server
+	@$(BIN)/python -m pytest -n 2 tests/unit
+
+test-integration: $(VENV)/.stamp-dev ## run the tests against real servers
+	@$(BIN)/python -m pytest tests/integration
+
+test-e2e: $(VENV)/.stamp-dev ## run the pipeline's tests
+	@$(BIN)/python -m pytest tests/e2e
+
+lint: $(VENV)/.stamp-dev ## ruff (lint and format) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.stamp-dev ## let ruff format and mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+constraints: $(VENV)/.stamp-dev ## write constraints.txt from the versions installed in .venv, with every extra
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[gateway,predictor,pipeline,train,dev]'
+	@$(BIN)/python .ci/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean: ## remove the workspace of finished steps and caches; runs/ and the store stay
+	rm -rf .medforge/workspace .pytest_cache .mypy_cache .ruff_cache build dist
