@@ -35,8 +35,9 @@ def base(config: str, model: str) -> None:
 
     def body(out: dict[str, Path], scratch: Path) -> None:
         from medforge.models.load import import_base
+        from medforge.storage import download
 
-        import_base(run.model, out["model"], _download)
+        import_base(run.model, out["model"], download)
 
     run_step(Step("models", "base", {}, settings, {"model": Path(model)}), body)
 
@@ -278,14 +279,6 @@ def _fingerprint(source: str) -> str | None:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     rows = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return sha256_json(rows)
-
-
-def _download(url: str, target: Path) -> None:
-    from medforge.storage import connect, parse_url
-
-    bucket, prefix = parse_url(url)
-    with connect(create=False) as store:
-        store.download_folder(bucket, prefix, target)
 
 
 def _log(metrics: Metrics, values: Mapping[str, Any]) -> None:

@@ -89,6 +89,13 @@ def connect(root: Path = Path(".medforge"), create: bool = True) -> Iterator[Sto
         yield Store.from_environment(environment)
 
 
+def download(url: str, target: Path) -> None:
+    """Download the prefix that ``s3://bucket/prefix`` names to the folder `target`."""
+    bucket, prefix = parse_url(url)
+    with connect(create=False) as store:
+        store.download_folder(bucket, prefix, target)
+
+
 class Store:
     """The objects of one S3 endpoint. Every mistake the user can mend is a ValueError, and none shows the secret."""
 

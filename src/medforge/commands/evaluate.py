@@ -13,7 +13,45 @@ def add(commands: Any) -> None:
     group = commands.add_parser("evaluate", help="score predictions and write the report").add_subparsers(
         dest="action", required=True, metavar="ACTION"
     )
+    _add_predict(group)
     _add_score(group)
+
+
+def _add_predict(group: Any) -> None:
+    from medforge.commands.model import add_seeing
+
+    predict = group.add_parser("predict", help="let a model answer a split; goes on where an earlier call stopped")
+    predict.add_argument("model", type=Path, metavar="MODEL", help="the model's folder")
+    predict.add_argument("dataset", type=Path, metavar="DATASET", help="a data set that `validate` wrote")
+    predict.add_argument("out", type=Path, metavar="OUT", help="the predictions file (JSONL) to write")
+    predict.add_argument("--arm", default="tuned", help="what the predictions are called (default tuned)")
+    predict.add_argument("--split", choices=("validation", "test"), help="default test")
+    predict.add_argument("--limit", type=int, metavar="N", help="only so many samples, chosen by the seed")
+    predict.add_argument("--batch-size", type=int, metavar="N", help="samples generated at once")
+    predict.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens")
+    predict.add_argument("--seed", type=int, default=0)
+    add_seeing(predict)
+    predict.set_defaults(run=_predict)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from pydantic import ValidationError
+
+    from medforge.commands.model import seeing
+    from medforge.config import EvaluateConfig
+    from medforge.evaluate.predict import run
+
+    names = ("split", "limit", "batch_size", "max_new_tokens")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    try:
+        config = EvaluateConfig(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from None
+    about = run(
+        arguments.arm, arguments.model, arguments.dataset, arguments.out, config, seeing(arguments), arguments.seed
+    )
+    print(f"{arguments.out}: {about['n']} predictions, {about['reused']} of them from before")
 
 
 def _add_score(group: Any) -> None:

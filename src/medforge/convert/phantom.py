@@ -51,7 +51,7 @@ def rows(config: PhantomConfig) -> Iterator[tuple[Sample, list[bytes]]]:
                 question_type=question_type,
                 language="en",
                 study_id=f"phantom-{config.seed}-{number:06d}",
-                source="phantom",
+                source=SOURCE,
                 licence=LICENCE,
                 split=splits[number],
                 boxes=boxes,

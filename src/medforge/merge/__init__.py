@@ -51,7 +51,7 @@ def run(base: Path, adapters: Path, dataset: Path, out: Path, config: ModelConfi
             "tolerance": TOLERANCE[config.dtype],
             "same_best_token": agreement,
         }
-        if difference > TOLERANCE[config.dtype] * scale:
+        if not difference <= TOLERANCE[config.dtype] * scale:  # so that NaN fails too
             raise RuntimeError(
                 f"the merged model differs from base plus adapters: logits by {difference:.3g} at a scale of "
                 f"{scale:.3g}, tolerance {TOLERANCE[config.dtype]:g}; nothing was written"

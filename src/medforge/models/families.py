@@ -69,7 +69,10 @@ def family_of(folder: Path) -> Family:
 
     Raises ValueError when there is no config.json or the model is of another kind.
     """
-    model_type = read_json(folder / "config.json").get("model_type")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json: is not a JSON object")
+    model_type = config.get("model_type")
     for family in FAMILIES.values():
         if family.model_type == model_type:
             return family

@@ -15,7 +15,7 @@ from medforge.config import ModelConfig, StageConfig
 from medforge.dataset import Dataset
 from medforge.files import link_tree, new_folder, read_json, tree_digest, write_json
 from medforge.models.determinism import seeded
-from medforge.models.encode import Encoder
+from medforge.models.encode import IGNORE, Encoder
 from medforge.models.families import family_of, lora_targets
 from medforge.models.load import load_model, stack
 from medforge.train.data import EncodedSamples, choose
@@ -54,7 +54,11 @@ def run(
     with seeded(seed):
         model = _with_lora(load_model(inputs.base, model_config.dtype, before), inputs.base, stage)
         trainer = _trainer(model, stage, seed, work, logs, dataset, encoder, train, held_out)
-        trainer.train(resume_from_checkpoint=_last_whole(work))
+        done = _last_whole(work)
+        if done and read_json(Path(done) / "trainer_state.json")["global_step"] >= trainer.args.max_steps:
+            _take_up(trainer, Path(done))  # the Trainer would train one step too many
+        else:
+            trainer.train(resume_from_checkpoint=done)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     about = {
         "schema_version": 1,
@@ -166,6 +170,7 @@ def _trainer(
         train_dataset=train_rows,
         eval_dataset=EncodedSamples(dataset, held_out, encoder) if best else None,
         data_collator=train_rows.collate,
+        compute_loss_func=_answer_loss,
         callbacks=[MarkWhole(), board, ShowProgress(f"training {stage.name}")],
     )
     trainer.remove_callback(PrinterCallback)
@@ -194,6 +199,31 @@ def _last_whole(work: Path) -> str | None:
         if best != state["best_model_checkpoint"]:
             write_json(newest / "trainer_state.json", state | {"best_model_checkpoint": best})
     return str(newest)
+
+
+def _take_up(trainer: Any, done: Path) -> None:
+    """Give the trainer the state and the weights that it had at its end, when only the result was not yet written."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(done / "trainer_state.json"))
+    weights = load_peft_weights(str(trainer.state.best_model_checkpoint or done), device="cpu")
+    set_peft_model_state_dict(trainer.model, weights)
+
+
+def _answer_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    """The mean loss over all answer tokens of an optimizer step, however the step is cut into batches.
+
+    The models' own loss is a mean over each batch, so that with `accumulate` an answer would count the more, the
+    fewer tokens the other answers of its batch have. `num_items_in_batch` is the step's number of answer tokens.
+    """
+    import torch
+
+    following = labels[:, 1:].to(outputs.logits.device)
+    kept = following != IGNORE
+    logits = outputs.logits[:, :-1][kept].float()
+    total = torch.nn.functional.cross_entropy(logits, following[kept], reduction="sum")
+    return total / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def _curves(history: list[dict[str, Any]]) -> list[dict[str, float]]:

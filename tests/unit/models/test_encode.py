@@ -233,7 +233,9 @@ def test_control_tokens_in_a_text_are_refused(plain: Encoder, token: str) -> Non
             encode(item, [])
 
 
-letters = st.characters(exclude_categories=["Cs"], exclude_characters="<") | st.sampled_from("\n\r\t \x1c\x85\u200b\u3000a1。.")
+letters = st.characters(exclude_categories=["Cs"], exclude_characters="<") | st.sampled_from(
+    "\n\r\t \x1c\x85\u200b\u3000a1。."
+)
 texts = st.text(letters, min_size=1, max_size=30).filter(lambda words: bool(words.strip()))
 
 
