@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from medforge.config import LoraConfig, ModelConfig, StageConfig
 from medforge.dataset import Dataset
 from medforge.dataset_writer import write_dataset
 from medforge.files import link_tree, list_files, read_json, sha256_file, tree_digest, write_json
-from medforge.models.encode import Encoder, collate
+from medforge.models.encode import Encoder, Seen, collate
 from medforge.models.load import load_model, stack
 from medforge.train.data import EncodedSamples, choose
 from medforge.train.stage import Inputs, run
@@ -275,7 +276,7 @@ def test_nothing_that_is_written_names_a_place_or_a_time(unbroken: Path, base: P
 
 
 def test_the_logs_are_tensorboards(unbroken: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     events = EventAccumulator(str(unbroken / "logs"))
     events.Reload()
@@ -303,7 +304,7 @@ def test_epochs_are_passes_over_the_samples(
 
 
 def test_a_name_stands_once_in_a_stack(tmp_path: Path, base: Path, phantoms: Path, adapters: Path) -> None:
-    with pytest.raises(ValueError, match="stage 'say' is in .* already"):
+    with pytest.raises(ValueError, match=r"stage 'say' is in .* already"):
         train(tmp_path, base, phantoms, changed(name="say"), before=adapters)
     assert list(tmp_path.iterdir()) == []
 
@@ -363,7 +364,12 @@ def test_preprocessed_images_are_shared_and_the_oldest_dropped(
     encoder = Encoder(base, MODEL.min_pixels, MODEL.max_pixels)
     seen: list[int] = []
     see = encoder.see
-    monkeypatch.setattr(encoder, "see", lambda images: (seen.append(len(images)), see(images))[1])
+
+    def counted(images: Sequence[Image.Image]) -> Seen:
+        seen.append(len(images))
+        return see(images)
+
+    monkeypatch.setattr(encoder, "see", counted)
     rows = EncodedSamples(data, samples, encoder)
     encoded = [rows[number] for number in range(len(samples))]
     assert len(seen) == len({sample.images for sample in samples})
