@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from PIL import Image
 
 from medforge.files import sha256_bytes
 from medforge.records import ImageRef, Sample, Turn, sample_id
+
+# Two threads in each of two test processes wait for each other on two cores; torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

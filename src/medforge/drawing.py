@@ -49,15 +49,25 @@ class Scene:
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene with 0 to MAX_SPOTS spots in different cells; one spot is the commonest."""
     count = int(rng.choice(MAX_SPOTS + 1, p=[0.25, 0.45, 0.15, 0.15]))
-    cells = rng.choice(GRID * GRID, size=count, replace=False)
-    spots = []
-    for cell in sorted(int(c) for c in cells):
-        radius = float(rng.uniform(0.08, 0.115))
-        # the outer cells' spots are drawn towards the middle, so that all of them lie on the body
-        x, y = (0.5 + 0.24 * (index - 1) + float(rng.uniform(-0.05, 0.05)) for index in (cell % GRID, cell // GRID))
-        spots.append(Spot(round(x, 4), round(y, 4), round(radius, 4)))
+    cells = sorted(int(cell) for cell in rng.choice(GRID * GRID, size=count, replace=False))
+    spots = [_random_spot(rng, cell) for cell in cells]
+    while not _are_apart(spots):  # two that touch would be counted as one
+        spots = [_random_spot(rng, cell) for cell in cells]
     style, figure, seed = int(rng.integers(STYLES)), int(rng.integers(FIGURES)), int(rng.integers(2**31))
     return Scene(style, figure, tuple(spots), seed)
+
+
+def _random_spot(rng: np.random.Generator, cell: int) -> Spot:
+    radius = float(rng.uniform(0.08, 0.115))
+    # the outer cells' spots are drawn towards the middle, so that all of them lie on the body
+    x, y = (0.5 + 0.24 * (index - 1) + float(rng.uniform(-0.05, 0.05)) for index in (cell % GRID, cell // GRID))
+    return Spot(round(x, 4), round(y, 4), round(radius, 4))
+
+
+def _are_apart(spots: list[Spot]) -> bool:
+    """Whether a gap of at least a fiftieth of the width is between any two spots."""
+    pairs = ((a, b) for number, a in enumerate(spots) for b in spots[:number])
+    return all(np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 0.02 for a, b in pairs)
 
 
 def draw(scene: Scene, size: int) -> np.ndarray:

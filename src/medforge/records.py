@@ -144,7 +144,7 @@ def problems(sample: Sample) -> list[tuple[str, str]]:
             found.append(
                 ("box-range", f"box {number} ({box.label}) {list(box.xyxy)} is not within 0–1 with x1<x2, y1<y2")
             )
-        if not 0 <= box.image < max(len(sample.images), 1):
+        if not 0 <= box.image < len(sample.images):
             found.append(("box-reference", f"box {number} names image {box.image} of {len(sample.images)}"))
     for turn in sample.turns:
         for match in BOX_MARK.finditer(turn.text):

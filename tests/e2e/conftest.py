@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,13 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with its own runs, store and workspace, and a configuration."""
+    """A folder with its own runs, store and workspace, and a configuration.
+
+    `first` is what the first run's steps wrote, where that is known.
+    """
 
     folder: Path
+    first: dict[str, Any] = field(default_factory=dict)
 
     def write(self, **changes: Any) -> Path:
         """Write the configuration, with top-level sections replaced."""
@@ -79,6 +84,8 @@ class Place:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # a shell that starts this in the background makes SIGINT ignored, which children inherit
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def latest(self) -> dict[str, Any]:
@@ -111,6 +118,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Place]:
             place.write()
             done = place.run()
             assert done.returncode == 0, done.stdout + done.stderr
+            place.first.update(place.digests())
             made.append(place)
         return made[0]
 

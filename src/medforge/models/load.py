@@ -59,8 +59,15 @@ def _from_hub(config: ModelConfig, out: Path) -> None:
 
 
 def stack(folder: Path | None) -> list[Path]:
-    """The adapters of a stack in the order in which they were trained; none for None."""
-    return sorted(path.parent for path in folder.glob("*/adapter_config.json")) if folder else []
+    """The adapters of a stack in the order in which they were trained; none for None.
+
+    Raises ValueError when there is no such folder.
+    """
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a stack of adapters, as `medforge train` writes it, is expected")
+    return sorted(path.parent for path in folder.glob("*/adapter_config.json"))
 
 
 def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> Any:

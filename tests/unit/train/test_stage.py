@@ -275,6 +275,13 @@ def test_nothing_that_is_written_names_a_place_or_a_time(unbroken: Path, base: P
     assert {name for row in about(adapter)["curves"] for name in row} == kept
 
 
+def test_the_order_of_a_set_is_not_written(unbroken: Path) -> None:
+    """peft keeps the layers in a set, which each process lists in another order."""
+    layers = read_json(unbroken / "out" / "01-see" / "adapter_config.json")["target_modules"]
+    assert len(layers) == 13
+    assert layers == sorted(layers)
+
+
 def test_the_logs_are_tensorboards(unbroken: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
