@@ -219,7 +219,22 @@ def load_config(path: Path | str, overrides: Annotated[list[str], "section.field
     policy = tree.get("policy")
     if isinstance(policy, str):
         tree["policy"] = _read_yaml(path.parent / policy)
-    return _check(RunConfig, tree, str(path))
+    config: RunConfig = _check(RunConfig, tree, str(path))
+    _refuse_ignored(tree, config, path)
+    return config
+
+
+def _refuse_ignored(tree: dict[str, Any], config: RunConfig, path: Path) -> None:
+    """Raise ValueError for a setting that is given, but can take no effect beside the others."""
+    data, model = tree.get("data") or {}, tree.get("model") or {}
+    local = config.model.base.startswith(("tiny:", "s3://")) or Path(config.model.base).is_dir()
+    for field, given, idle, why in (
+        ("data.phantom", "phantom" in data, config.data.source != "phantom", f"the source is {config.data.source}"),
+        ("model.tiny", "tiny" in model, not config.model.base.startswith("tiny:"), f"the base is {config.model.base}"),
+        ("model.revision", "revision" in model, local, f"the base {config.model.base} is no hub id"),
+    ):
+        if given and idle:
+            raise ValueError(f"{path}: {field}: has no effect, as {why}; leave it out")
 
 
 def parse_config(text: str) -> RunConfig:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +182,16 @@ class Dataset:
         """The rows that were dropped so far."""
         path = self.folder / "rejects.parquet"
         return [Reject(**row) for row in pq.read_table(path).to_pylist()] if path.is_file() else []
+
+
+def choose(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """At most `limit` of `samples` (all of them for None), drawn by `seed`, in their own order."""
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    import numpy as np
+
+    picked = np.random.default_rng(seed).choice(len(samples), size=limit, replace=False)
+    return [samples[index] for index in sorted(picked)]
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:

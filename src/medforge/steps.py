@@ -139,7 +139,7 @@ def predict(config: str, arm: str, model: str, dataset: str, predictions: str) -
 def evaluate(config: str, base: str, tuned: str, dataset: str, results: str, metrics: Metrics) -> None:
     """Score the predictions of both arms; results.json and comparison.md go to the folder `results`."""
     run = parse_config(config)
-    about = {"run": run.name, "base model": run.model.base, "code": code_version()}
+    about = {"run": run.name, "base model": _base_name(run), "code": code_version()}
     files = {"base": Path(base) / "base.jsonl", "tuned": Path(tuned) / "tuned.jsonl"}
 
     def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def publish(
     manifest = read_json(Path(dataset) / "manifest.json")
     about = {
         "name": run.name,
-        "base": run.model.base,
+        "base": _base_name(run),
         "base_digest": tree_digest(Path(base_model)),
         "dataset": manifest["source"],
         "dataset_digest": manifest["root"],
@@ -255,6 +255,12 @@ def publish(
     inputs = {name.partition(".")[0]: path for name, path in parts.items()}
     step = Step("release", "publish", inputs, {"about": about, "publish": run.publish.model_dump()}, {})
     return str(run_step(step, body, reuse=False)["release"])
+
+
+def _base_name(run: RunConfig) -> str:
+    """The base as an artifact may name it: a local folder by its own name, as its path is this machine's."""
+    path = Path(run.model.base)
+    return path.name if path.is_absolute() else run.model.base
 
 
 def _seeing(run: RunConfig) -> dict[str, int]:

@@ -161,7 +161,8 @@ def test_bad_data_stops_the_run_with_the_file_and_the_line(place: Place) -> None
     source = place.folder / "data"
     source.mkdir()
     (source / "train.json").write_text('[{"id": 1, "conversations": [')
-    done = place.run("--data", str(source), "--set", "data.format=conversations")
+    place.write(data={"format": "conversations"})
+    done = place.run("--data", str(source))
     assert done.returncode == 1
     assert done.stderr.startswith("pipeline-run: convert: ") and "train.json: line 1" in done.stderr
     assert "Traceback" not in done.stderr
@@ -178,10 +179,8 @@ def test_an_unknown_setting_names_the_file_and_the_field(place: Place) -> None:
 
 @pytest.mark.slow
 def test_vqa_rad_goes_the_whole_way(place: Place, shared_data: Path) -> None:
-    done = place.run(
-        *("--data", str(shared_data / "vqa_rad"), "--set", "data.format=vqa-rad", "--set", "evaluate.limit=40"),
-        *("--set", "model.max_length=400"),
-    )
+    place.write(data={"format": "vqa-rad"}, model=SMALL["model"] | {"max_length": 400})
+    done = place.run("--data", str(shared_data / "vqa_rad"), "--set", "evaluate.limit=40")
     assert done.returncode == 0, done.stdout + done.stderr
     run = place.folder / "runs" / "latest"
     results = read_json(run / "results.json")

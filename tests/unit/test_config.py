@@ -38,6 +38,19 @@ def test_defaults_and_the_way_through_json(write: Any) -> None:
     assert "\n" not in config.to_json()
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"data": {"source": "somewhere", "phantom": {"images": 20}}}, "data.phantom"),
+        ({"model": {"base": "org/model", "tiny": {"steps": 3}}}, "model.tiny"),
+        ({"model": {"revision": "v2"}}, "model.revision"),
+    ],
+)
+def test_a_setting_that_can_take_no_effect_is_refused(write: Any, change: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"run\.yaml: {re.escape(field)}: has no effect, as .*; leave it out"):
+        load_config(write(RUN | change))
+
+
 def test_policy_in_a_file_beside(write: Any) -> None:
     write(POLICY, "policy.yaml")
     config = load_config(write(RUN | {"policy": "policy.yaml"}))

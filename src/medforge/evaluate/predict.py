@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medforge.config import EvaluateConfig, ModelConfig
-from medforge.dataset import Dataset
+from medforge.dataset import Dataset, choose
 from medforge.evaluate.predictions import Prediction, append, missing, prediction_key, seal
 from medforge.files import tree_digest
 from medforge.models.encode import IGNORE, Encoder, Seen, collate
@@ -30,7 +30,7 @@ def run(
     Raises ValueError when the split is empty.
     """
     data = Dataset.open(dataset)
-    samples = _chosen(data.samples(evaluate.split), evaluate.limit, seed)
+    samples = choose(data.samples(evaluate.split), evaluate.limit, seed)
     if not samples:
         raise ValueError(f"{dataset}: the {evaluate.split} split, which is to be scored, is empty")
     digest = tree_digest(model_folder)
@@ -55,15 +55,6 @@ def run(
                 progress.advance(len(numbers))
     seal(out, keys)
     return {"model": digest, "n": len(keys), "reused": len(keys) - len(open_keys)}
-
-
-def _chosen(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
-    import numpy as np
-
-    if limit is None or limit >= len(samples):
-        return list(samples)
-    picked = np.random.default_rng(seed).choice(len(samples), size=limit, replace=False)
-    return [samples[index] for index in sorted(picked)]
 
 
 def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:

@@ -6,8 +6,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from medforge.dataset import Dataset
 from medforge.models.encode import Encoded, Encoder, Seen, collate
 from medforge.records import Sample
@@ -43,11 +41,3 @@ class EncodedSamples:
     def collate(self, batch: Sequence[Encoded]) -> dict[str, Any]:
         """A padded batch, see `medforge.models.encode.collate`."""
         return collate(batch, self.encoder.image_id, self.encoder.pad_id)
-
-
-def choose(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
-    """At most `limit` of `samples`, drawn by `seed`, in their own order."""
-    if limit is None or limit >= len(samples):
-        return list(samples)
-    picked = np.random.default_rng(seed).choice(len(samples), size=limit, replace=False)
-    return [samples[index] for index in sorted(picked)]

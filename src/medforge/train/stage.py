@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from medforge.config import ModelConfig, StageConfig
-from medforge.dataset import Dataset
+from medforge.dataset import Dataset, choose
 from medforge.files import link_tree, new_folder, read_json, tree_digest, write_json
 from medforge.models.determinism import seeded
 from medforge.models.encode import IGNORE, Encoder
 from medforge.models.families import family_of, lora_targets
 from medforge.models.load import load_model, stack
-from medforge.train.data import EncodedSamples, choose
+from medforge.train.data import EncodedSamples
 
 STAGE_FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -163,6 +163,6 @@ def test_a_proof_over_nan_fails(
 def test_an_empty_stack_is_an_error(tmp_path: Path, base: Path, phantoms: Path) -> None:
     (tmp_path / "adapters").mkdir()
     for folder in (tmp_path / "adapters", tmp_path / "missing"):
-        with pytest.raises(ValueError, match="holds no adapter|no such folder"):
+        with pytest.raises(ValueError, match=r"holds no adapter|no such folder"):
             run(base, folder, phantoms, tmp_path / "model", CONFIG)
     assert not (tmp_path / "model").exists()

@@ -18,12 +18,12 @@ import pytest
 from PIL import Image
 
 from medforge.config import LoraConfig, ModelConfig, StageConfig
-from medforge.dataset import Dataset
+from medforge.dataset import Dataset, choose
 from medforge.dataset_writer import write_dataset
 from medforge.files import link_tree, list_files, read_json, sha256_file, tree_digest, write_json
 from medforge.models.encode import Encoder, Seen, collate
 from medforge.models.load import load_model, stack
-from medforge.train.data import EncodedSamples, choose
+from medforge.train.data import EncodedSamples
 from medforge.train.stage import Inputs, run
 from tests.unit.models.examples import token_losses
 
