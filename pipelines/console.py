@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-# kfp indents what a step prints, and prints much of its own; these lines are the step's, or the run's
-_OWN = re.compile(r"(?! )(?!-{20})|    (\{\"progress\"|[a-z0-9-]+: (running|reused)|\| )")
+# kfp indents what a step prints, and prints much of its own; these lines are the step's
+_OF_A_STEP = re.compile(r"    (\{\"progress\"|[a-z0-9-]+: (running|reused)|\| )")
 
 
 class Console(io.TextIOBase):
@@ -24,6 +26,16 @@ class Console(io.TextIOBase):
         self._terminal = terminal
         self._line = ""
         self._open = False  # a progress line stands on the terminal, without its end
+        self._only_steps = False
+
+    @contextmanager
+    def only_steps(self) -> Iterator[None]:
+        """While the block runs, the terminal sees the steps' own lines only; the log has everything."""
+        self._only_steps = True
+        try:
+            yield
+        finally:
+            self._only_steps = False
 
     def writable(self) -> bool:
         """It is written to."""
@@ -41,7 +53,7 @@ class Console(io.TextIOBase):
     def _show(self, line: str) -> None:
         if not line.strip():
             return
-        if not _OWN.match(line):
+        if self._only_steps and not _OF_A_STEP.match(line):
             return
         progress = _progress(line.strip())
         if progress and self._terminal.isatty():

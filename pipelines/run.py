@@ -96,7 +96,7 @@ def run(config: RunConfig, runs: Path, root: Path, terminal: Any) -> dict[str, A
     with contextlib.redirect_stdout(console), contextlib.closing(console):
         print(f"run {run_id}: everything is written to {folder}")
         try:
-            with _store(root, folder), _no_child_left():
+            with _store(root, folder), _no_child_left(), console.only_steps():
                 outputs = _run_pipeline(config, folder)
             manifest["status"] = "finished"
         except BaseException:

@@ -6,12 +6,27 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from minio import Minio
 
 _ADDRESS = "MEDFORGE_S3_ENDPOINT and MEDFORGE_S3_SECURE"
+
+
+class Entry(NamedTuple):
+    """One object of a listing: key, size in bytes, the server's ETag (which proves nothing) and time of writing."""
+
+    key: str
+    size: int
+    etag: str
+    modified: str = ""
+
+
+def entry_of(item: Any) -> Entry:
+    """The entry of an object as the SDK lists it."""
+    modified = item.last_modified.isoformat() if item.last_modified else ""
+    return Entry(str(item.object_name), item.size or 0, item.etag or "", modified)
 
 
 def is_configured(environment: Mapping[str, str] | None = None) -> bool:

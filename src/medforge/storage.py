@@ -16,10 +16,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from medforge.files import canonical_json, link_tree, list_files, new_folder, sha256_file
-from medforge.s3 import explained, is_configured, open_client, read_endpoint
+from medforge.s3 import Entry, entry_of, explained, is_configured, open_client, read_endpoint
 from medforge.transfers import Counter, HashingReader, transfer
 
 MANIFEST = "manifest.sha256.json"
@@ -31,15 +31,6 @@ _BROKEN_READS = 3  # a read goes on where it broke off so many times, then it fa
 
 FileTable = dict[str, dict[str, Any]]
 """Relative name → {"sha256": str or None when unknown, "size": bytes}."""
-
-
-class Entry(NamedTuple):
-    """One object of a listing: key, size in bytes, the server's ETag (which proves nothing) and time of writing."""
-
-    key: str
-    size: int
-    etag: str
-    modified: str = ""
 
 
 Entries = list[Entry]
@@ -303,7 +294,7 @@ class Store:
     def _listing(self, bucket: str, prefix: str) -> Entries:
         with explained(self.url, bucket):
             found = self._client.list_objects(bucket_name=bucket, prefix=prefix or None, recursive=True)
-            return sorted(_entry(item) for item in found)
+            return sorted(entry_of(item) for item in found)
 
     def _send(self, source: Path, bucket: str, key: str, count: Counter) -> dict[str, Any]:
         with source.open("rb") as stream, explained(self.url, bucket, key):
@@ -359,11 +350,6 @@ class Store:
                     response.release_conn()
         if done != size:
             raise ValueError(f"s3://{bucket}/{key}: is corrupted: it has {done} bytes, not {size}")
-
-
-def _entry(item: Any) -> Entry:
-    modified = item.last_modified.isoformat() if item.last_modified else ""
-    return Entry(str(item.object_name), item.size or 0, item.etag or "", modified)
 
 
 def read_table(value: Any, where: str) -> FileTable:

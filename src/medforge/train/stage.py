@@ -53,7 +53,9 @@ def run(
         raise ValueError(f"{inputs.dataset}: the train split is empty")
     with seeded(seed):
         model = _with_lora(load_model(inputs.base, model_config.dtype, before), inputs.base, stage)
-        trainer = _trainer(model, stage, seed, work, logs, dataset, encoder, train, held_out)
+        arguments = _arguments(stage, seed, work, len(train), bool(held_out), model_config.dtype)
+        rows = [EncodedSamples(dataset, samples, encoder) for samples in (train, held_out)]
+        trainer = _trainer(model, arguments, stage.name, logs, *rows)
         done = _last_whole(work)
         if done and read_json(Path(done) / "trainer_state.json")["global_step"] >= trainer.args.max_steps:
             _take_up(trainer, Path(done))  # the Trainer would train one step too many
@@ -106,35 +108,40 @@ def _with_lora(model: Any, base: Path, stage: StageConfig) -> Any:
     return get_peft_model(model, config)
 
 
-def _trainer(
-    model: Any,
-    stage: StageConfig,
-    seed: int,
-    work: Path,
-    logs: Path,
-    dataset: Dataset,
-    encoder: Encoder,
-    train: list[Any],
-    held_out: list[Any],
-) -> Any:
-    import sys
-
-    import torch
-    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+def _trainer(model: Any, arguments: Any, name: str, logs: Path, train: EncodedSamples, held_out: EncodedSamples) -> Any:
+    from transformers import PrinterCallback, ProgressCallback, Trainer
     from transformers.integrations import TensorBoardCallback
 
     from medforge.train.callbacks import MarkWhole, ShowProgress
 
-    train_rows = EncodedSamples(dataset, train, encoder)
-    steps = stage.steps or _steps(len(train), stage)
-    every = min(stage.evaluate_every, steps)
-    # a logged loss is a mean since the last log: it must not straddle a checkpoint, or a resumed run logs another
-    log_every = max(n for n in range(1, min(10, every) + 1) if every % n == 0)
-    best = bool(held_out)
     logs.mkdir(parents=True, exist_ok=True)
     board = TensorBoardCallback()
     board.logging_dir = str(logs)  # TrainingArguments no longer takes the folder; it would be work/runs
-    arguments = TrainingArguments(
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out if len(held_out) else None,
+        data_collator=train.collate,
+        compute_loss_func=_answer_loss,
+        callbacks=[MarkWhole(), board, ShowProgress(f"training {name}")],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _arguments(stage: StageConfig, seed: int, work: Path, samples: int, has_validation: bool, dtype: str) -> Any:
+    """The Hugging Face TrainingArguments of a stage."""
+    import torch
+    from transformers import TrainingArguments
+
+    gpu = torch.cuda.is_available()
+    steps = stage.steps or _steps(samples, stage)
+    every = min(stage.evaluate_every, steps)
+    # a logged loss is a mean since the last log: it must not straddle a checkpoint, or a resumed run logs another
+    log_every = max(n for n in range(1, min(10, every) + 1) if every % n == 0)
+    return TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
         per_device_train_batch_size=stage.batch_size,
@@ -148,35 +155,22 @@ def _trainer(
         optim="adamw_torch",
         seed=seed,
         data_seed=seed,
-        bf16=torch.cuda.is_available() and next(model.parameters()).dtype == torch.bfloat16,
+        bf16=gpu and dtype == "bfloat16",
         logging_steps=log_every,
-        eval_strategy="steps" if best else "no",
+        eval_strategy="steps" if has_validation else "no",
         eval_steps=every,
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=best,
-        metric_for_best_model="eval_loss" if best else None,
+        load_best_model_at_end=has_validation,
+        metric_for_best_model="eval_loss" if has_validation else None,
         greater_is_better=False,
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=gpu,
+        use_cpu=not gpu,
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=EncodedSamples(dataset, held_out, encoder) if best else None,
-        data_collator=train_rows.collate,
-        compute_loss_func=_answer_loss,
-        callbacks=[MarkWhole(), board, ShowProgress(f"training {stage.name}")],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    assert sys.stderr is not None
-    return trainer
 
 
 def _steps(samples: int, stage: StageConfig) -> int:
