@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
+from medforge.stages import NAME, LoraConfig, StageConfig, idle_setting
+from medforge.stages import Section as _Section
+
+__all__ = ["LoraConfig", "RunConfig", "StageConfig", "load_config", "load_policy", "parse_config"]
+
 FamilyName = Literal["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
-Part = Literal["vision_merger", "language_attention", "language_mlp"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class PhantomConfig(_Section):
@@ -89,42 +89,6 @@ class ModelConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
-
-    r: int = Field(16, ge=1, description="Rank.")
-    alpha: int = Field(32, ge=1, description="Scale; the update is B A alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-
-
-class StageConfig(_Section):
-    """One stage of fine-tuning. It starts from the base plus the adapters of the stages before it."""
-
-    name: str = Field(pattern=NAME, description="Lower-case name of the stage and of its adapter's folder.")
-    tune: list[Part] = Field(min_length=1, description="Which parts get an adapter.")
-    lora: LoraConfig = Field(default_factory=LoraConfig, description="Rank, scale and dropout.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or `epochs`.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the training samples; give this or `steps`.")
-    samples: int | None = Field(None, ge=1, description="Use only this many training samples, chosen by the seed.")
-    batch_size: int = Field(8, ge=1, description="Samples a step and device.")
-    accumulate: int = Field(1, ge=1, description="Batches whose gradients are added before a step.")
-    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    evaluate_every: int = Field(50, ge=1, description="Steps between validation losses and checkpoints.")
-    validation_samples: int = Field(128, ge=1, description="At most so many validation samples are scored.")
-
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> StageConfig:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"stage {self.name!r}: give exactly one of steps and epochs")
-        if len(set(self.tune)) != len(self.tune):
-            raise ValueError(f"stage {self.name!r}: tune names a part twice: {self.tune}")
-        return self
-
-
 class EvaluateConfig(_Section):
     """What is predicted and scored."""
 
@@ -176,6 +140,31 @@ class PublishConfig(_Section):
     channel: str = Field("candidate", pattern=NAME, description="The channel that then names the release.")
 
 
+class ParallelConfig(_Section):
+    """Several devices of one machine or pod. The result is that of one process within rounding."""
+
+    processes: int = Field(1, ge=1, description="Processes, one a device (torchrun).")
+    strategy: Literal["ddp", "zero2", "zero3"] = Field(
+        "ddp", description="Whole weights on each device, or DeepSpeed ZeRO that shards them (arXiv 1910.02054)."
+    )
+    offload: Literal["none", "cpu"] = Field("none", description="Where ZeRO keeps the optimizer's state.")
+
+    @model_validator(mode="after")
+    def _offload_is_zeros(self) -> ParallelConfig:
+        if self.offload != "none" and self.strategy == "ddp":
+            raise ValueError("parallel.offload: has no effect with strategy ddp; choose zero2 or zero3")
+        return self
+
+
+class CheckpointConfig(_Section):
+    """Where checkpoints of the training go besides the step's own folder."""
+
+    url: str = Field(
+        "", pattern=r"^(s3://.+)?$", description="s3://bucket/prefix for copies, made in the background; empty: none."
+    )
+    keep: int = Field(2, ge=1, description="How many of the newest are kept, besides the best one.")
+
+
 class RunConfig(_Section):
     """One run, from source files to a candidate."""
 
@@ -184,6 +173,8 @@ class RunConfig(_Section):
     data: DataConfig = Field(default_factory=DataConfig, description="Source, format and splits.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="Base model and image sizes.")
     stages: list[StageConfig] = Field(min_length=1, description="The stages, in the order in which they run.")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Devices and how they share work.")
+    checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Copies of checkpoints.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="Split and generation.")
     policy: PolicyConfig = Field(description="Rules of acceptance, in place or in a YAML file named from here.")
     publish: PublishConfig = Field(default_factory=PublishConfig, description="Bucket and channel.")
@@ -193,6 +184,21 @@ class RunConfig(_Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"two stages have the same name: {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_stay(self) -> RunConfig:
+        for before, stage in itertools.pairwise(self.stages):
+            if before.heads is None:
+                continue
+            if stage.heads is None or (before.heads.region, before.heads.match) != (
+                stage.heads.region,
+                stage.heads.match,
+            ):
+                raise ValueError(
+                    f"stage {stage.name!r}: heads: stage {before.name!r} before it has heads, which would no longer fit "
+                    "the model; give this stage the same heads, or put it first"
+                )
         return self
 
     def stage(self, name: str) -> StageConfig:
@@ -235,6 +241,9 @@ def _refuse_ignored(tree: dict[str, Any], config: RunConfig, path: Path) -> None
     ):
         if given and idle:
             raise ValueError(f"{path}: {field}: has no effect, as {why}; leave it out")
+    for number, stage in enumerate(tree["stages"]):
+        if found := idle_setting(stage):
+            raise ValueError(f"{path}: stages.{number}.{found[0]}: has no effect, as {found[1]}; leave it out")
 
 
 def parse_config(text: str) -> RunConfig:

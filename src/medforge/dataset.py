@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SCHEMA_VERSION = 1
+T = TypeVar("T")
 _CACHE_BYTES = 512 << 20
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -184,7 +185,7 @@ class Dataset:
         return [Reject(**row) for row in pq.read_table(path).to_pylist()] if path.is_file() else []
 
 
-def choose(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
+def choose(samples: Sequence[T], limit: int | None, seed: int) -> list[T]:
     """At most `limit` of `samples` (all of them for None), drawn by `seed`, in their own order."""
     if limit is None or limit >= len(samples):
         return list(samples)

@@ -84,12 +84,14 @@ def train(
     settings = {"stage": wanted.model_dump(), "model": _seeing(run), "dtype": run.model.dtype, "seed": run.seed}
 
     def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
+        from medforge.train import Inputs
         from medforge.train import run as run_stage
-        from medforge.train.stage import Inputs
 
         given = Inputs(Path(model), Path(dataset), Path(before) if before else None)
-        about = run_stage(given, out["adapters"], scratch, out["logs"], wanted, run.model, run.seed)
-        return {name: about[name] for name in ("steps", "best_step", "eval_loss", "trainable_parameters")}
+        url = f"{run.checkpoints.url.rstrip('/')}/{run.name}" if run.checkpoints.url else ""
+        kept = run.checkpoints.model_copy(update={"url": url})
+        about = run_stage(given, out["adapters"], scratch, out["logs"], wanted, run.model, run.seed, run.parallel, kept)
+        return {name: about[name] for name in ("steps", "best_step", "trainable_parameters")} | about["validation"]
 
     outputs = {"adapters": Path(adapters), "logs": Path(logs)}
     step = Step("train", f"train-{stage}", inputs, settings, outputs, logs=frozenset({"logs"}))

@@ -31,6 +31,8 @@ def add(commands: Any) -> None:
     train.add_argument("--before", type=Path, metavar="ADAPTERS", help="the stack of the stages before this one")
     train.add_argument("--work", type=Path, metavar="FOLDER", help="checkpoints (default OUT.work)")
     train.add_argument("--logs", type=Path, metavar="FOLDER", help="TensorBoard logs (default OUT.logs)")
+    train.add_argument("--nproc", type=int, metavar="N", help="processes, one a device (parallel.processes)")
+    train.add_argument("--explain", action="store_true", help="print which means to be fast are on and why; train not")
     train.add_argument("model", type=Path, metavar="MODEL", help="the base model's folder")
     train.add_argument("dataset", type=Path, metavar="DATASET", help="a data set that `validate` wrote")
     train.add_argument("out", type=Path, metavar="OUT", help="the stack of adapters to write")
@@ -97,17 +99,25 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from medforge.config import load_config
-    from medforge.train import run
-    from medforge.train.stage import Inputs
+    from medforge.train import Inputs, run
 
-    _refuse_to_replace(arguments.out)
-    config = load_config(arguments.config, arguments.set)
+    overrides = [*arguments.set, *([] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"])]
+    config = load_config(arguments.config, overrides)
+    stage = config.stage(arguments.stage)
     work = arguments.work or arguments.out.with_name(f"{arguments.out.name}.work")
     logs = arguments.logs or arguments.out.with_name(f"{arguments.out.name}.logs")
     inputs = Inputs(arguments.model, arguments.dataset, arguments.before)
-    about = run(inputs, arguments.out, work, logs, config.stage(arguments.stage), config.model, config.seed)
-    loss = "" if about["eval_loss"] is None else f", validation loss {about['eval_loss']:.4f}"
-    print(f"{arguments.out}: {about['steps']} steps, best at {about['best_step']}{loss}; checkpoints in {work}")
+    given = (inputs, arguments.out, work, logs, stage, config.model, config.seed, config.parallel, config.checkpoints)
+    if arguments.explain:
+        from medforge.train.prepare import explain
+        from medforge.train.stage import job_of
+
+        print(explain(job_of(*given)))
+        return
+    _refuse_to_replace(arguments.out)
+    about = run(*given)
+    figures = "".join(f", {name} {value:.4g}" for name, value in about["validation"].items())
+    print(f"{arguments.out}: {about['steps']} steps, best at {about['best_step']}{figures}; checkpoints in {work}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:

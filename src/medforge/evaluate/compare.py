@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from medforge.evaluate.metrics import METRICS
+from medforge.evaluate.metrics import METRICS, OF_HEADS
 
 COMPARED = ("exact_match", "closed_accuracy")
 RESAMPLES = 2000
@@ -22,7 +22,8 @@ _Z = 1.959963984540054  # the normal distribution's 97.5% point
 _CHUNK = 100
 _COUNTS = ("answer_length", "perplexity")
 _SHORT = ("exact_match", "soft_match", "token_f1", "closed_accuracy", "unparsed_rate", "box_iou", "box_found")
-_SUMMARY = (*_SHORT, "perplexity", "answer_length", "truncated_rate")
+_SUMMARY = (*_SHORT, "perplexity", "answer_length", "truncated_rate", *OF_HEADS)
+_NAME = 2 + max(map(len, _SUMMARY))
 
 Cell = dict[str, Any]
 
@@ -246,14 +247,14 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 def summary_lines(results: Mapping[str, Any]) -> list[str]:
     """A short table for the terminal: the metrics that ran, one column an arm, over all samples."""
     arms = results["arms"]
-    lines = [f"{'':<16}{'n':>7}" + "".join(f"{arm:>12}" for arm in arms)]
+    lines = [f"{'':<{_NAME}}{'n':>7}" + "".join(f"{arm:>12}" for arm in arms)]
     for name in _SUMMARY:
         cells = [arm["all"][name] for arm in arms.values()]
         if all(cell["value"] is None for cell in cells):
             continue
         digits = 2 if name in _COUNTS else 3
         shown = "".join(f"{'–' if c['value'] is None else format(c['value'], f'.{digits}f'):>12}" for c in cells)
-        lines.append(f"{name:<16}{max(cell['n'] for cell in cells):>7}{shown}")
+        lines.append(f"{name:<{_NAME}}{max(cell['n'] for cell in cells):>7}{shown}")
     for pair in results["comparison"]["pairs"]:
         for name, cell in pair["slices"]["all"].items():
             if text := judged(cell):

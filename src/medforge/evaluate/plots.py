@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medforge.evaluate.compare import wilson
-from medforge.evaluate.metrics import METRICS
+from medforge.evaluate.metrics import METRICS, THRESHOLD, match_scores
 from medforge.evaluate.predictions import Prediction
+from medforge.metrics.ranking import auroc, roc
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,4 +123,44 @@ def answer_lengths(predictions: Mapping[str, Sequence[Prediction]]) -> bytes:
     axes.set_xlabel("generated tokens")
     axes.set_ylabel("answers")
     axes.legend(fontsize="small")
+    return _png(figure)
+
+
+def match_histograms(predictions: Mapping[str, Sequence[Prediction]]) -> bytes | None:
+    """How the match head scores reference answers and certainly wrong ones, one panel an arm. None without scores."""
+    judged = {arm: match_scores(rows) for arm, rows in predictions.items()}
+    judged = {arm: scores for arm, scores in judged.items() if any(scores)}
+    if not judged:
+        return None
+    figure, panels = _figure(2.8, len(judged))
+    edges = [step / 20 for step in range(21)]
+    for axes, (arm, scores) in zip(panels, judged.items(), strict=True):
+        for number, (label, values) in enumerate(zip(("reference answer", "wrong answer"), scores, strict=True)):
+            axes.hist(values, edges, histtype="step", label=label, color=_COLOURS[number], linestyle=_DASHES[number])
+        axes.axvline(THRESHOLD, color="#777777", linewidth=0.8)
+        axes.set_title(_plain(arm), fontsize="medium")
+        axes.set_xlabel("probability that the claim fits")
+    panels[0].set_ylabel("claims")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize="small")
+    return _png(figure)
+
+
+def roc_curves(predictions: Mapping[str, Sequence[Prediction]]) -> bytes | None:
+    """The match head's ROC curve, one an arm, a mark at the threshold. None where no arm has both kinds of claim."""
+    judged = {arm: match_scores(rows) for arm, rows in predictions.items()}
+    judged = {arm: scores for arm, scores in judged.items() if all(scores)}
+    if not judged:
+        return None
+    figure, (axes,) = _figure(3.6)
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+    for number, (arm, (right, wrong)) in enumerate(judged.items()):
+        colour, dash = _COLOURS[number % 4], _DASHES[number % 4]
+        x, y = zip(*roc(right, wrong), strict=True)
+        axes.plot(x, y, dash, color=colour, label=f"{_plain(arm)} (area {auroc(right, wrong):.3f})")
+        alarms, recall = (sum(score >= THRESHOLD for score in scores) / len(scores) for scores in (wrong, right))
+        axes.plot([alarms], [recall], "o", color=colour, ms=5)
+    axes.set_aspect("equal")
+    axes.set_xlabel("false alarms: wrong answers that pass")
+    axes.set_ylabel("recall: reference answers that pass")
+    axes.legend(fontsize="small", loc="lower right")
     return _png(figure)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from medforge.files import canonical_json, sha256_json, write_atomic
+from medforge.metrics.boxes import XYXY
 from medforge.records import ANSWER_TYPES, TYPE_ORIGINS
 
 FINISHES: tuple[str, ...] = ("stop", "length")
-
-XYXY = tuple[float, float, float, float]
+HEADS: tuple[str, ...] = ("region", "match")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Prediction:
     boxes, predicted_boxes: (x1, y1, x2, y2) as shares of the image's width and height: the boxes that the reference
         answer names, and those read from the prediction, which may be inverted or out of range.
     images: SHA-256 of the sample's images.
+    heads: the task heads that the model has; the fields below are None without them, and left out of the row.
+    region: the region head's box on the first image. region_target: the sample's one box there, None where it has
+        none or several.
+    match, match_reference, match_wrong: the match head's probability, 0–1, that a claim fits the image: the model's
+        own answer, the reference answer, a certainly wrong one; None where there is no such claim.
     """
 
     key: str
@@ -53,13 +58,21 @@ class Prediction:
     boxes: tuple[XYXY, ...] = ()
     predicted_boxes: tuple[XYXY, ...] = ()
     images: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    region: XYXY | None = None
+    region_target: XYXY | None = None
+    match: float | None = None
+    match_reference: float | None = None
+    match_wrong: float | None = None
 
     def to_row(self) -> dict[str, Any]:
         """Plain JSON-able values, as `prediction_from_row` takes them."""
-        return asdict(self)
+        row = asdict(self)
+        return row if self.heads else {name: value for name, value in row.items() if name not in _OF_HEADS}
 
 
 _NAMES = tuple(f.name for f in fields(Prediction))
+_OF_HEADS = _NAMES[_NAMES.index("heads") :]
 _TEXTS = (
     *("key", "id", "arm", "question", "reference", "prediction", "finish"),
     *("answer_type", "question_type", "question_type_from", "language"),
@@ -76,7 +89,7 @@ def prediction_from_row(row: Any) -> Prediction:
     """The prediction that `Prediction.to_row` wrote; ValueError names the field that breaks the contract."""
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
-    if absent := [name for name in _NAMES if name not in row]:
+    if absent := [name for name in _NAMES if name not in row and (row.get("heads") or name not in _OF_HEADS)]:
         raise ValueError(f"field {absent[0]!r} is missing")
     if unknown := sorted(set(row) - set(_NAMES)):
         raise ValueError(f"field {unknown[0]!r} is not part of a prediction")
@@ -96,7 +109,28 @@ def prediction_from_row(row: Any) -> Prediction:
     if not isinstance(row["images"], list | tuple) or not all(isinstance(image, str) for image in row["images"]):
         raise ValueError(f"field 'images' is {row['images']!r}; a list of SHA-256 is expected")
     values = row | {name: _boxes(name, row[name]) for name in ("boxes", "predicted_boxes")}
-    return Prediction(**(values | {"images": tuple(row["images"])}))
+    return Prediction(**(values | {"images": tuple(row["images"])} | _of_heads(row)))
+
+
+def _of_heads(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a model's task heads fill; none where it has no head."""
+    heads = row.get("heads", ())
+    if not isinstance(heads, list | tuple) or not all(head in HEADS for head in heads):
+        raise ValueError(f"field 'heads' is {heads!r}; a list of {', '.join(HEADS)} is expected")
+    values: dict[str, Any] = {"heads": tuple(heads)}
+    for name in _OF_HEADS[1:]:
+        value = row.get(name)
+        if value is None:
+            continue
+        if name.partition("_")[0] not in heads:
+            raise ValueError(f"field {name!r} is {value!r}, but field 'heads' names no such head")
+        if name in ("region", "region_target"):
+            (values[name],) = _boxes(name, [value])
+        elif _is_number(value) and 0 <= value <= 1:
+            values[name] = float(value)
+        else:
+            raise ValueError(f"field {name!r} is {value!r}; null or a probability from 0 to 1 is expected")
+    return values
 
 
 def _is_number(value: Any) -> bool:

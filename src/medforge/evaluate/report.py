@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medforge.dataset import Dataset
 from medforge.evaluate import compare, plots
-from medforge.evaluate.metrics import METRICS, is_right
-from medforge.evaluate.predictions import XYXY, Prediction
+from medforge.evaluate.metrics import METRICS, OF_HEADS, is_right, region_iou
+from medforge.evaluate.pictures import data_uri, picture
+from medforge.evaluate.predictions import Prediction
 from medforge.files import write_atomic
+from medforge.models.generate import boxed_image
 from medforge.records import Sample
 
-THUMBNAIL = 224  # pixels of the longer side
-_PICTURE_BYTES = 1_300_000  # of base64 over all cases: the file stays below 2 MB
+_PICTURE_BYTES = 1_300_000  # of base64 over all pictures: the file stays below 2 MB
 _LONGEST_TEXT = 1200
-_MOST_BOXES = 12
+_LOCATED = 8  # samples shown with the region head's box
 _PAIR_CATEGORIES = (
     ("mended", "Mended: {old} wrong, {new} right"),
     ("broken", "Broken: {old} right, {new} wrong"),
@@ -57,7 +56,10 @@ def write(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    cases, left_out = _cases(predictions, pair, dataset, str(results["dataset"]["split"]), samples)
+    by_id = {sample.id: sample for sample in dataset.samples(str(results["dataset"]["split"]))}
+    heads = _heads(results, predictions, pair, dataset, by_id)
+    spent = sum(len(case["picture"]["src"]) for case in heads["cases"]) if heads else 0
+    cases, left_out = _cases(predictions, pair, dataset, by_id, samples, spent)
     html = environment.get_template("report.html").render(
         results=results,
         arms=arms,
@@ -69,6 +71,7 @@ def write(
         parts=_tables(results, arms, pair, [p for p in results["arms"][arms[0]] if p != "all"]),
         reasons=_reasons(results, arms),
         plots=_plots(results, predictions, curves or {}),
+        heads=heads,
         cases=cases,
         left_out=left_out,
         method=results["comparison"]["method"],
@@ -137,14 +140,16 @@ def _compared(row: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _reasons(results: Mapping[str, Any], arms: Sequence[str]) -> list[tuple[str, str]]:
-    """(metric, reason) of what has no value for some arm, overall."""
-    found = {
-        (name, cell["reason"])
-        for arm in arms
-        for name, cell in results["arms"][arm]["all"].items()
-        if cell["value"] is None
-    }
-    return sorted(found)
+    """(metric, reason) of what has no value, overall; with the arms' names where it is not so for all of them."""
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for arm in arms:
+        for name, cell in results["arms"][arm]["all"].items():
+            if cell["value"] is None:
+                lacking.setdefault((name, cell["reason"]), []).append(arm)
+    return sorted(
+        (name if len(which) == len(arms) else f"{name} ({', '.join(which)})", reason)
+        for (name, reason), which in lacking.items()
+    )
 
 
 def _plots(
@@ -155,23 +160,85 @@ def _plots(
         ("Loss by stage", plots.loss_curves(curves), "Lower is better; validation is the solid mark on a dashed line."),
         ("Length of the answers", plots.answer_lengths(predictions), "Means stand in the overall table."),
     ]
-    return [{"title": title, "note": note, "src": _data_uri(png, "png")} for title, png, note in made if png]
+    return _figures(made)
 
 
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _figures(made: Sequence[tuple[str, bytes | None, str]]) -> list[dict[str, str]]:
+    """Those plots that could be drawn, as the template takes them."""
+    return [{"title": title, "note": note, "src": data_uri(png, "png")} for title, png, note in made if png]
+
+
+def _heads(
+    results: Mapping[str, Any],
+    predictions: Rows,
+    pair: tuple[str, str] | None,
+    dataset: Dataset,
+    by_id: Mapping[str, Sample],
+) -> dict[str, Any] | None:
+    """The section on region and match heads: the arms that have any, table, plots and samples; None without heads."""
+    headed = {arm: rows for arm, rows in predictions.items() if rows[0].heads}
+    if not headed:
+        return None
+    table = []
+    for name in OF_HEADS:
+        cells = [results["arms"][arm]["all"][name] for arm in headed]
+        figures = [compare.figure(name, cell) for cell in cells]
+        numbers = list(dict.fromkeys(str(cell["n"]) for cell in cells))
+        table.append({"metric": name, "better": METRICS[name].better, "n": " / ".join(numbers), "figures": figures})
+    shown = pair[1] if pair is not None and pair[1] in headed else list(headed)[-1]
+    plotted = [
+        ("Match scores", plots.match_histograms(headed), "The line is the threshold of recall and false alarms."),
+        ("ROC curve of the match head", plots.roc_curves(headed), "The mark is the threshold of 0.5."),
+    ]
+    cases = _located(predictions, shown, dataset, by_id)
+    return {"arms": list(headed), "rows": table, "plots": _figures(plotted), "shown": shown, "cases": cases}
+
+
+def _located(predictions: Rows, arm: str, dataset: Dataset, by_id: Mapping[str, Sample]) -> list[dict[str, Any]]:
+    """Samples whose one box the arm's region head looked for, evenly spaced from the worst IoU to the best."""
+    number = list(predictions).index(arm)
+    found = [
+        (region_iou(rows[number]), rows[number].id, rows)
+        for rows in zip(*predictions.values(), strict=True)
+        if rows[number].region is not None and rows[number].region_target is not None
+    ]
+    found.sort(key=lambda case: case[:2])
+    if len(found) > _LOCATED:
+        found = [found[place * (len(found) - 1) // (_LOCATED - 1)] for place in range(_LOCATED)]
+    return [
+        {
+            "id": name,
+            "picture": picture(dataset, by_id[name], rows, 0),
+            "iou": f"{overlap:.2f}",
+            "question": _clip(rows[number].question),
+            "claims": [
+                {"name": who, "text": _clip(text), "score": f"{score:.3f}"}
+                for who, text, score in (
+                    ("Reference", rows[number].reference, rows[number].match_reference),
+                    (arm, rows[number].prediction, rows[number].match),
+                )
+                if score is not None
+            ],
+        }
+        for overlap, name, rows in found
+    ]
 
 
 def _cases(
-    predictions: Rows, pair: tuple[str, str] | None, dataset: Dataset, split: str, limit: int
+    predictions: Rows,
+    pair: tuple[str, str] | None,
+    dataset: Dataset,
+    by_id: Mapping[str, Sample],
+    limit: int,
+    spent: int,
 ) -> tuple[list[dict[str, Any]], int]:
-    """The cases to show, by category, and how many were left out for their pictures' size."""
-    by_id = {sample.id: sample for sample in dataset.samples(split)}
+    """The cases to show, by category, and how many were left out for their pictures' size; `spent` is of others."""
     shown: dict[str, list[dict[str, Any]]] = {}
-    spent = left_out = 0
+    left_out = 0
     for title, rows in choose(predictions, pair, limit):
-        picture = _picture(dataset, by_id[rows[0].id], rows)
-        size = len(picture["src"]) if picture else 0
+        sample = by_id[rows[0].id]
+        drawn = picture(dataset, sample, rows, boxed_image(sample))
+        size = len(drawn["src"]) if drawn else 0
         if spent + size > _PICTURE_BYTES:
             left_out += 1
             continue
@@ -179,7 +246,7 @@ def _cases(
         answers = [{"arm": row.arm, "text": _clip(row.prediction), "right": is_right(row)} for row in rows]
         case: dict[str, Any] = {"id": rows[0].id, "type": f"{rows[0].question_type}, {rows[0].answer_type}"}
         case |= {"question": _clip(rows[0].question), "reference": _clip(rows[0].reference)}
-        case |= {"answers": answers, "picture": picture}
+        case |= {"answers": answers, "picture": drawn}
         shown.setdefault(title, []).append(case)
     return [{"title": title, "cases": cases} for title, cases in shown.items()], left_out
 
@@ -215,37 +282,3 @@ def choose(predictions: Rows, pair: tuple[str, str] | None, limit: int) -> list[
 def _clip(text: str) -> str:
     rest = len(text) - _LONGEST_TEXT
     return text if rest <= 0 else f"{text[:_LONGEST_TEXT]}… ({rest} more characters)"
-
-
-def _picture(dataset: Dataset, sample: Sample, rows: Sequence[Prediction]) -> dict[str, Any] | None:
-    """The first image as a JPEG thumbnail, with the boxes as rectangles in its pixels; None without an image."""
-    if not sample.images:
-        return None
-    image = dataset.images(sample)[0]
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=80)
-    drawn = [("reference", 0, rows[0].boxes)]
-    drawn += [(row.arm, number, row.predicted_boxes) for number, row in enumerate(rows, 1)]
-    boxes = [
-        {"who": who, "style": min(number, 3), **_rectangle(box, *image.size)}
-        for who, number, found in drawn
-        for box in found[:_MOST_BOXES]
-    ]
-    names = list(dict.fromkeys(box["who"] for box in boxes))
-    more = len(sample.images) - 1
-    return {
-        "src": _data_uri(stream.getvalue(), "jpeg"),
-        "width": image.width,
-        "height": image.height,
-        "boxes": boxes,
-        "legend": [(name, next(box["style"] for box in boxes if box["who"] == name)) for name in names],
-        "more": f"first of {more + 1} images" if more else "",
-    }
-
-
-def _rectangle(box: XYXY, width: int, height: int) -> dict[str, float]:
-    """A box in the thumbnail's pixels, cut at its edges; an inverted one is turned round so that it shows."""
-    x1, x2 = sorted(min(1.0, max(0.0, x)) * width for x in box[::2])
-    y1, y2 = sorted(min(1.0, max(0.0, y)) * height for y in box[1::2])
-    return {"x": round(x1, 1), "y": round(y1, 1), "width": round(x2 - x1, 1), "height": round(y2 - y1, 1)}

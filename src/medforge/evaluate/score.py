@@ -78,7 +78,7 @@ def score(arms: Arms) -> dict[str, Any]:
     check_paired(arms)
     rows = next(iter(arms.values()))
     parts = slices(rows)
-    scored: dict[str, dict[str, list[float | None]]] = {}
+    scored: dict[str, dict[str, list[Any]]] = {}
     with Progress("scoring", len(arms) * len(METRICS), "metric") as progress:
         for arm, predictions in arms.items():
             scored[arm] = {}

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medforge.files import read_json
+from medforge.models.claims import claim
 from medforge.models.families import family_of
 from medforge.models.prompts import Size, messages
-from medforge.records import Sample
+from medforge.records import ImageRef, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +106,23 @@ class Encoder:
         patch = processor.patch_size
         return Seen(pixels, grid, tuple((int(w) * patch, int(h) * patch) for _, h, w in grid))
 
+    def measure(self, images: Sequence[ImageRef]) -> Seen:
+        """What `see` tells of images of these sizes, without their pixels: `pixel_values` has no rows.
+
+        Enough to encode the text; training reads the pixels later, or has the vision tower's features on disk.
+        """
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        processor = self.image_processor
+        patch, size = processor.patch_size, processor.size
+        factor = patch * processor.merge_size
+        grid = np.zeros((len(images), 3), np.int64)
+        for row, ref in enumerate(images):
+            height, width = smart_resize(ref.height, ref.width, factor, size["shortest_edge"], size["longest_edge"])
+            grid[row] = 1, height // patch, width // patch
+        pixels = np.zeros((0, 3 * processor.temporal_patch_size * patch**2), np.float32)
+        return Seen(pixels, grid, tuple((int(w) * patch, int(h) * patch) for _, h, w in grid))
+
     def encode(self, sample: Sample, images: Sequence[Image] | Seen, last_answer_only: bool = False) -> Encoded:
         """The whole conversation, with labels on every answer, or on the last one only.
 
@@ -123,6 +141,10 @@ class Encoder:
         turns = turns[: answers[-1]] if answers else turns
         ids, tokens = self._tokens(turns, seen.grid, prompt=True)
         return Encoded(ids, np.full_like(ids, IGNORE), seen.pixel_values, seen.grid, tokens, seen.sizes)
+
+    def encode_claim(self, sample: Sample, images: Sequence[Image] | Seen, answer: str) -> Encoded:
+        """The prompt that proposes `answer` to the sample's question, for the match head to judge. No label is set."""
+        return self.encode_prompt(claim(sample, answer), images)
 
     def _tokens(self, turns: list[dict[str, Any]], grid: np.ndarray, prompt: bool) -> tuple[np.ndarray, int]:
         _refuse_control(turns)

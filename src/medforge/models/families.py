@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medforge.config import Part
 from medforge.files import read_json
+from medforge.stages import REGEX
 
 _LANGUAGE = {
     "language_attention": r".*language_model\.layers\.\d+\.self_attn\.[qkvo]_proj",
@@ -40,7 +41,9 @@ FAMILIES: dict[str, Family] = {
             "Qwen2VLProcessor",
             14,
             "tokens-1000",
-            {"vision_merger": r".*visual\.merger\.mlp\.(0|2)"} | _LANGUAGE,
+            {"vision_merger": r".*visual\.merger\.mlp\.(0|2)"}
+            | {"vision_tower": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"}
+            | _LANGUAGE,
         ),
         Family(
             "qwen2.5-vl",
@@ -49,7 +52,9 @@ FAMILIES: dict[str, Family] = {
             "Qwen2_5_VLProcessor",
             14,
             "json-pixels",
-            {"vision_merger": r".*visual\.merger\.mlp\.(0|2)"} | _LANGUAGE,
+            {"vision_merger": r".*visual\.merger\.mlp\.(0|2)"}
+            | {"vision_tower": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)"}
+            | _LANGUAGE,
         ),
         Family(
             "qwen3-vl",
@@ -58,7 +63,9 @@ FAMILIES: dict[str, Family] = {
             "Qwen3VLProcessor",
             16,
             "json-1000",
-            {"vision_merger": r".*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"} | _LANGUAGE,
+            {"vision_merger": r".*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"}
+            | {"vision_tower": r".*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"}
+            | _LANGUAGE,
         ),
     )
 }
@@ -80,20 +87,22 @@ def family_of(folder: Path) -> Family:
     raise ValueError(f"{folder}/config.json: model_type {model_type!r} is not one of {known}")
 
 
-def lora_targets(model: Any, family: Family, parts: list[Part]) -> list[str]:
-    """The names of the linear layers of `parts`, in the model's own order.
+def lora_targets(model: Any, family: Family, tune: Sequence[str]) -> dict[str, str]:
+    """The linear layers that `tune` names, in the model's own order, each with the entry of `tune` that named it.
 
-    Raises ValueError with the model's layer kinds when a part matches nothing.
+    An entry is a part of the family or ``re:<regular expression>`` over whole layer names; the first that matches a
+    layer takes it. Raises ValueError with the model's layer kinds when an entry matches nothing.
     """
     import torch
 
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    targets: list[str] = []
-    for part in parts:
-        pattern = re.compile(family.targets[part])
+    targets: dict[str, str] = {}
+    for entry in tune:
+        pattern = re.compile(entry.removeprefix(REGEX) if entry.startswith(REGEX) else family.targets[entry])
         found = [name for name in linear if pattern.fullmatch(name)]
         if not found:
             kinds = sorted({re.sub(r"\d+", "N", name) for name in linear})
-            raise ValueError(f"{part}: no linear layer of this {family.name} matches; it has {', '.join(kinds)}")
-        targets += found
-    return targets
+            raise ValueError(f"{entry}: no linear layer of this {family.name} matches; it has {', '.join(kinds)}")
+        for name in found:
+            targets.setdefault(name, entry)
+    return {name: targets[name] for name in linear if name in targets}

@@ -14,6 +14,7 @@ from medforge.config import ModelConfig
 from medforge.files import link_tree
 from medforge.models.families import family_of
 
+FULL_WEIGHTS = "weights.safetensors"  # of a stage that tuned layers themselves
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pth", "*.pt")
 
 
@@ -67,7 +68,7 @@ def stack(folder: Path | None) -> list[Path]:
         return []
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a stack of adapters, as `medforge train` writes it, is expected")
-    return sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    return sorted(path.parent for name in ("adapter_config.json", FULL_WEIGHTS) for path in folder.glob(f"*/{name}"))
 
 
 def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> Any:
@@ -91,7 +92,25 @@ def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> Any:
         lost = sorted(found["missing_keys"])
         raise ValueError(f"{folder}: the model cannot be loaded: {len(lost)} weights are missing; first: {lost[0]}")
     for adapter in adapters:
+        model = _apply(model, adapter)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _apply(model: Any, adapter: Path) -> Any:
+    """The model with one stage's adapter merged, or with the layers that the stage tuned put in place."""
+    if not (adapter / FULL_WEIGHTS).is_file():
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = adapter / FULL_WEIGHTS
+    try:
+        weights = {name: tensor.to(model.dtype) for name, tensor in load_file(path).items()}
+        unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path}: the weights cannot be loaded: {' '.join(str(error).split())}") from None
+    if unknown:
+        raise ValueError(f"{path}: holds {unknown[0]}, which the model does not have")
+    return model

@@ -1,5 +1,6 @@
-"""Fine-tuning in stages: each adds one LoRA adapter to the stack."""
+"""Fine-tuning in stages: each adds one adapter to the stack."""
 
+from medforge.train.job import Inputs
 from medforge.train.stage import run
 
-__all__ = ["run"]
+__all__ = ["Inputs", "run"]

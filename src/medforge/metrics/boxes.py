@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from medforge.evaluate.predictions import XYXY
+XYXY = tuple[float, float, float, float]
 
 FOUND = 0.5
 

@@ -10,7 +10,7 @@ import itertools
 import re
 from typing import Literal
 
-from medforge.evaluate.metrics.text import normalise, tokens
+from medforge.metrics.text import normalise, tokens
 
 Parsed = Literal["yes", "no", "option", "unparsed"]
 

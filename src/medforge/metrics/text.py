@@ -8,7 +8,6 @@ import string
 import unicodedata
 from collections import Counter
 
-from medforge.evaluate.predictions import Prediction
 from medforge.records import BOX_MARK
 
 # Marks that end or quote an answer. Signs that carry meaning (+ - % < > =) and brackets are not among them.
@@ -45,15 +44,6 @@ def prose(text: str) -> str:
     """`text` without its boxes, in the form of any family; "" when it is only boxes."""
     rest = _BOX_TEXTS.sub(" ", text)
     return " ".join(rest.split()) if any(character.isalnum() for character in rest) else ""
-
-
-def texts(prediction: Prediction) -> tuple[str, str]:
-    """The answer and the reference as text metrics compare them: without boxes where the reference has boxes, since
-    coordinates are the box metrics' concern. The reference is "" where it is only boxes: text metrics skip it.
-    """
-    if prediction.boxes:
-        return prose(prediction.prediction), prose(prediction.reference)
-    return prediction.prediction, prediction.reference
 
 
 def exact_match(answer: str, reference: str) -> float:
