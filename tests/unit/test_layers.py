@@ -20,13 +20,18 @@ FACES, STEPS, COMMON, GROUND = 3, 2, 1, 0
 LAYERS = {
     **dict.fromkeys(("__main__", "cli", "commands", "steps"), FACES),
     **dict.fromkeys(("convert", "validate", "train", "merge", "evaluate", "release", "synthesize"), STEPS),
-    **dict.fromkeys(("models", "dataset", "dataset_writer", "storage", "embedded", "s3", "transfers"), COMMON),
-    **dict.fromkeys(("records", "config", "files", "progress", "drawing", "lifetime", "workspace"), GROUND),
+    **dict.fromkeys(
+        ("models", "metrics", "dataset", "dataset_writer", "storage", "embedded", "s3", "transfers"), COMMON
+    ),
+    **dict.fromkeys(("records", "config", "stages", "files", "progress", "drawing", "lifetime", "workspace"), GROUND),
 }
 OTHER_PARTS = {"kfp", "kserve", "fastapi", "components", "pipelines", "serving"}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "pandas", "matplotlib", "datasets", "tensorboard"}
-# a callback is a subclass, so its module needs the base class; it is itself imported only when a stage runs
-MAY_BE_HEAVY = {"train/callbacks.py": {"transformers"}}
+# a subclass needs its base class when its module is imported; these are imported only where they are used
+MAY_BE_HEAVY = {
+    "train/trainee.py": {"torch"},
+    "models/heads.py": {"torch"},
+}
 
 FILES = sorted(ROOT.rglob("*.py"))
 

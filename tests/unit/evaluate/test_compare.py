@@ -130,3 +130,19 @@ def test_summary_lines_show_what_ran() -> None:
     assert ["exact_match", "40", "0.000", "1.000"] in [line.split() for line in lines]
     assert not any(line.startswith("box_iou") for line in lines)
     assert "tuned against base, exact_match: +1.000 to +1.000, better" in lines
+
+
+def test_an_arm_without_heads_is_compared_with_one_that_has_them() -> None:
+    told = {"heads": ("match",), "match_reference": 0.9, "match_wrong": 0.2}
+    arms = {
+        "base": [prediction(n) for n in range(4)],
+        "tuned": [prediction(n, "tuned", **told) for n in range(4)],
+    }
+    dataset = {"digest": "d" * 64, "source": "unit", "licence": "CC0-1.0", "split": "test", "generated": False}
+    results = {"dataset": dataset, "leakage": None, "about": {}, **score.score(arms)}
+    text = compare.comparison(results)
+    assert "| match_auroc | 0 / 4 | – | 1.000 | – |  |" in text
+    assert "- match_auroc (base): the model has no match head" in text
+    assert "match_auroc (tuned)" not in text and "- region_iou (tuned): the model has no region head" in text
+    (line,) = [line.split() for line in compare.summary_lines(results) if line.startswith("match_false_alarms")]
+    assert line == ["match_false_alarms", "4", "–", "0.000"]

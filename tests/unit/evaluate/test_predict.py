@@ -13,8 +13,10 @@ from medforge.dataset import Dataset
 from medforge.dataset_writer import write_dataset
 from medforge.evaluate import predict
 from medforge.evaluate.predictions import Prediction, read
-from medforge.files import tree_digest
+from medforge.files import read_json, tree_digest
+from medforge.models.claims import claimable, wrong_answers
 from medforge.models.encode import Encoder, collate
+from medforge.models.generate import Answer
 from medforge.models.load import load_model
 from medforge.records import Sample
 from tests.unit.models.examples import token_losses
@@ -208,11 +210,14 @@ def test_boxes_are_read_from_the_answers(talker: Path, phantoms: Path, monkeypat
     samples = Dataset.open(phantoms).samples("test")
     answerer = predict.Answerer(talker, MODEL, EVALUATE)
     said = '{"bbox_2d": [100, 250, 500, 1200], "label": "lesion"} and more'
-    monkeypatch.setattr(answerer, "_generate", lambda s, seen: ([said] * len(s), [9] * len(s), [True] * len(s)))
+    monkeypatch.setattr(
+        predict, "generate", lambda model, encoder, prompts, limit: [Answer(said, 9, True)] * len(prompts)
+    )
     numbers = grounded(samples)
     assert numbers
     chosen = [samples[number] for number in numbers]
-    rows: list[Prediction] = answerer.answer("tuned", Dataset.open(phantoms), chosen, ["k"] * len(chosen))
+    nothing = [None] * len(chosen)
+    rows: list[Prediction] = answerer.answer("tuned", Dataset.open(phantoms), chosen, ["k"] * len(chosen), nothing)
     for row, sample in zip(rows, chosen, strict=True):
         assert row.predicted_boxes == ((0.1, 0.25, 0.5, 1.2),)
         assert row.boxes == (sample.boxes[0].xyxy,)
@@ -220,15 +225,161 @@ def test_boxes_are_read_from_the_answers(talker: Path, phantoms: Path, monkeypat
         assert row.reference == f'{{"bbox_2d": [{corners}], "label": "lesion"}}'
 
 
-def test_box_tokens_are_part_of_an_answer(talker: Path) -> None:
-    answerer = predict.Answerer(talker, MODEL, EVALUATE)
-    words = "<|object_ref_start|>lesion<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
-    ids = answerer.encoder.tokenizer.encode(words)
-    assert answerer._text([*ids, answerer.encoder.pad_id]) == words
-
-
 def test_an_empty_split_is_an_error(talker: Path, tmp_path: Path, make_sample: Any) -> None:
     write_dataset(tmp_path / "data", [make_sample(1)])
     with pytest.raises(ValueError, match="the test split, which is to be scored, is empty"):
         run(talker, tmp_path / "data", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def give_heads(folder: Path, region: bool = True, match: bool = True) -> Path:
+    """Put untrained heads into a model's folder; their last layers are enlarged, so that samples differ in them."""
+    import torch
+
+    from medforge.models.heads import TaskHeads, save_heads
+
+    torch.manual_seed(1)
+    hidden = read_json(folder / "config.json")["text_config"]["hidden_size"]
+    heads = TaskHeads(hidden, region, match)
+    with torch.no_grad():
+        for name, weight in heads.named_parameters():
+            if not name.startswith("log_variance") and weight.ndim == 2:
+                weight *= 4
+    save_heads(heads, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory: pytest.TempPathFactory, talker: Path) -> Path:
+    """The talker with a region and a match head."""
+    folder = tmp_path_factory.mktemp("headed") / "model"
+    shutil.copytree(talker, folder)
+    return give_heads(folder)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory, headed: Path, phantoms: Path) -> Path:
+    out = tmp_path_factory.mktemp("judged") / "tuned.jsonl"
+    run(headed, phantoms, out)
+    return out
+
+
+def by_hand(folder: Path, phantoms: Path) -> Any:
+    """A function of a sample and a claim, or None for the question alone: the heads' outputs for the state that the
+    model has at the last token of that prompt, read from its own outputs without any padding."""
+    import torch
+
+    from medforge.models.heads import load_heads
+
+    data = Dataset.open(phantoms)
+    encoder = Encoder(folder, MODEL.min_pixels, MODEL.max_pixels)
+    model, heads = load_model(folder, "float32").cpu().eval(), load_heads(folder)
+    assert heads is not None
+
+    def outputs(sample: Sample, claim: str | None) -> Any:
+        images = data.images(sample)
+        encoded = (
+            encoder.encode_prompt(sample, images) if claim is None else encoder.encode_claim(sample, images, claim)
+        )
+        batch = collate([encoded], encoder.image_id, encoder.pad_id)
+        del batch["labels"]
+        with torch.inference_mode():
+            state = model(**batch, output_hidden_states=True).hidden_states[-1][:, -1]
+            return heads.region(state)[0].tolist() if claim is None else torch.sigmoid(heads.match(state)).item()
+
+    return outputs
+
+
+def test_heads_judge_the_state_at_the_end_of_each_prompt(judged: Path, headed: Path, phantoms: Path) -> None:
+    samples = Dataset.open(phantoms).samples("test")
+    wrong = wrong_answers(samples, predict.CLAIM_SEED)
+    outputs = by_hand(headed, phantoms)
+    rows = read(judged)
+    for row, sample, claim in zip(rows, samples, wrong, strict=True):
+        assert row.heads == ("region", "match")
+        x, y, width, height = outputs(sample, None)
+        corners = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+        assert row.region == pytest.approx([min(1, max(0, value)) for value in corners], abs=1e-4)
+        assert row.region_target == (sample.boxes[0].xyxy if len(sample.boxes) == 1 else None)
+        if not claimable(sample):
+            assert (row.match, row.match_reference, row.match_wrong) == (None, None, None)
+            continue
+        assert row.match_reference == pytest.approx(outputs(sample, sample.answer), abs=1e-4)
+        assert row.match_wrong == (None if claim is None else pytest.approx(outputs(sample, claim), abs=1e-4))
+        if row.match is not None:
+            assert row.match == pytest.approx(outputs(sample, row.prediction), abs=1e-4)
+    # else nothing above was compared
+    for name in ("match", "match_reference", "match_wrong", "region_target"):
+        present = [getattr(row, name) is not None for row in rows]
+        assert any(present) and len({getattr(row, name) for row in rows}) > 2
+    assert not all(claimable(sample) for sample in samples)
+
+
+def test_heads_do_not_change_the_answers(judged: Path, answered: Path) -> None:
+    for with_heads, without in zip(read(judged), read(answered), strict=True):
+        for name in ("prediction", "nll", "generated_tokens", "predicted_boxes", "reference"):
+            assert getattr(with_heads, name) == getattr(without, name)
+        assert without.heads == () and not {"heads", "region", "match"} & set(without.to_row())
+
+
+def test_a_killed_run_with_heads_goes_on_to_the_same_bytes(
+    judged: Path, headed: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    lines = judged.read_bytes().splitlines(keepends=True)
+    out = tmp_path / "tuned.jsonl"
+    out.write_bytes(b"".join(lines[::-1][:5]) + lines[0][:40])
+    assert run(headed, phantoms, out)["reused"] == 5
+    assert out.read_bytes() == judged.read_bytes()
+
+
+def test_claims_do_not_depend_on_which_samples_are_asked(
+    judged: Path, headed: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    whole = {row.id: row for row in read(judged)}
+    evaluate = EVALUATE.model_copy(update={"limit": 9})
+    predict.run("tuned", headed, phantoms, tmp_path / "few.jsonl", evaluate, MODEL, seed=5)
+    few = read(tmp_path / "few.jsonl")
+    assert len(few) == 9 and any(row.match_wrong is not None for row in few)
+    for row in few:
+        expected = whole[row.id].match_wrong
+        assert row.match_wrong == (None if expected is None else pytest.approx(expected, abs=1e-4))
+
+
+def test_a_model_with_one_head_leaves_the_other_out(talker: Path, phantoms: Path, tmp_path: Path) -> None:
+    shutil.copytree(talker, tmp_path / "model")
+    give_heads(tmp_path / "model", region=False)
+    run(tmp_path / "model", phantoms, tmp_path / "out.jsonl", limit=8)
+    for row in read(tmp_path / "out.jsonl"):
+        assert (row.heads, row.region, row.region_target) == (("match",), None, None)
+    give_heads(tmp_path / "model", match=False)
+    run(tmp_path / "model", phantoms, tmp_path / "out.jsonl", limit=8)
+    for row in read(tmp_path / "out.jsonl"):
+        assert (row.heads, row.match, row.match_reference, row.match_wrong) == (("region",), None, None, None)
+        assert row.region is not None
+
+
+@pytest.mark.parametrize("said", ["", "yes <|vision_start|>", "see <image>", "at <|box:0|>"])
+def test_an_answer_that_cannot_be_proposed_is_not_judged(
+    said: str, headed: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def answer(model: Any, encoder: Any, prompts: Any, limit: int) -> list[Answer]:
+        return [Answer(said if number else "yes", 3, True) for number in range(len(prompts))]
+
+    monkeypatch.setattr(predict, "generate", answer)
+    data = Dataset.open(phantoms)
+    samples = [sample for sample in data.samples("test") if claimable(sample)][:3]
+    rows = predict.Answerer(headed, MODEL, EVALUATE).answer("tuned", data, samples, ["k"] * 3, [None, "no", None])
+    assert [row.match is None for row in rows] == [False, True, True]
+    assert [row.match_wrong is None for row in rows] == [True, False, True]
+    assert all(row.match_reference is not None for row in rows)
+
+
+def test_text_without_an_image_has_no_region(headed: Path, tmp_path: Path, make_sample: Any) -> None:
+    from medforge.records import Turn
+
+    turns = (Turn("user", "repeat: CT"), Turn("assistant", "CT"))
+    plain, _ = make_sample(id="plain", images=(), turns=turns, split="test")
+    write_dataset(tmp_path / "data", [(plain, [])])
+    run(headed, tmp_path / "data", tmp_path / "out.jsonl")
+    (row,) = read(tmp_path / "out.jsonl")
+    assert (row.heads, row.region, row.match_reference) == (("region", "match"), None, None)

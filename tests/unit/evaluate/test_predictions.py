@@ -124,6 +124,46 @@ def test_a_wrong_field_is_named(field: str, value: Any) -> None:
         prediction_from_row(row | {field: value})
 
 
+HEADED = prediction(
+    heads=("region", "match"), region=(0.0, 0.1, 0.5, 1.0), region_target=None, match=0.25, match_reference=1.0
+)
+
+
+def test_rows_of_a_model_with_heads_are_read_back_and_others_lack_the_fields(tmp_path: Path) -> None:
+    append(tmp_path / "tuned.jsonl", [HEADED, prediction(1)])
+    assert read(tmp_path / "tuned.jsonl") == [HEADED, prediction(1)]
+    first, second = [json.loads(line) for line in (tmp_path / "tuned.jsonl").read_text().splitlines()]
+    assert first["match_wrong"] is None and first["heads"] == ["region", "match"]
+    added = {"heads", "region", "region_target", "match", "match_reference", "match_wrong"}
+    assert set(first) - set(second) == added
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("heads", value) for value in ("match", ["eyes"], [["match"]], 1)],
+        *[("region", value) for value in ([0, 0, 1], 0.5, [0, 0, 1, float("nan")])],
+        ("region_target", "left"),
+        *[("match", value) for value in (1.5, -0.1, "0.5", True, float("nan"))],
+        ("match_wrong", [0.5]),
+    ],
+)
+def test_a_wrong_field_of_a_head_is_named(field: str, value: Any) -> None:
+    row = json.loads(json.dumps(HEADED.to_row()))
+    assert prediction_from_row(row) == HEADED
+    with pytest.raises(ValueError, match=f"field '{field}'"):
+        prediction_from_row(row | {field: value})
+
+
+def test_a_head_that_is_not_there_cannot_have_spoken() -> None:
+    row = HEADED.to_row()
+    with pytest.raises(ValueError, match=r"field 'match' is 0\.25, but field 'heads' names no such head"):
+        prediction_from_row(row | {"heads": ["region"]})
+    del row["region"]
+    with pytest.raises(ValueError, match="field 'region' is missing"):
+        prediction_from_row(row)
+
+
 def test_a_field_too_few_or_too_many_is_named() -> None:
     row = prediction().to_row()
     with pytest.raises(ValueError, match="'extra' is not part"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from medforge.cli import main
 from medforge.dataset import Dataset
 from medforge.dataset_writer import write_dataset
 from medforge.evaluate import plots, report, score
+from medforge.evaluate.metrics import METRICS
+from medforge.evaluate.pictures import picture
 from medforge.evaluate.predictions import Prediction, append
+from medforge.records import Box, Turn
 from tests.unit.evaluate.examples import answers, prediction
 
 MakeSample = Callable[..., tuple[Any, list[bytes]]]
@@ -251,6 +255,90 @@ def test_the_command_writes_all_three(
     printed = capsys.readouterr().out
     assert "exact_match" in printed and "tuned against base" in printed
     assert len(Page((out / "report.html").read_text()).named("article")) == 2
+
+
+@pytest.fixture
+def headed(case: tuple[Dataset, dict[str, list[Prediction]]], arms: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    """The same arms, `tuned` with heads: 20 samples have a box to find, with an IoU of 0, 1/19, … 1."""
+    _, rows = case
+    tuned = []
+    for number, row in enumerate(rows["tuned"]):
+        told: dict[str, Any] = {"heads": ("region", "match"), "region": (0.0, 0.0, 1.0, 0.5), "match": 0.75}
+        if number < 20:
+            told["region_target"] = (0.0, 0.0, number / 19, 0.5) if number else (0.0, 0.6, 1.0, 1.0)
+            told |= {"match_reference": 0.5 + number / 40, "match_wrong": 0.6 - number / 40}
+        tuned.append(prediction(**{**row.to_row(), **told}))
+    append(tmp_path / "headed.jsonl", tuned)
+    return {"base": arms["base"], "tuned": tmp_path / "headed.jsonl"}
+
+
+def test_region_and_match_figures_have_a_section_where_an_arm_has_heads(
+    case: tuple[Dataset, dict[str, list[Prediction]]], headed: dict[str, Path], tmp_path: Path
+) -> None:
+    page = write(case[0], headed, tmp_path / "out", curves=CURVES, samples=4)
+    section = page.text[page.text.index("Locate and verify") : page.text.index("Plots\n")]
+    rows = {line.strip() for line in section.splitlines()}
+    assert {"region_iou", "region_at_50", "match_auroc", "match_recall", "match_false_alarms"} <= {
+        name for name in METRICS if any(row.startswith(name) for row in rows)
+    }
+    assert "0.500" in section  # the mean of the IoUs
+    titles = [tag["alt"] for tag in page.named("img")]
+    assert sum("Match scores" in str(title) or "ROC curve" in str(title) for title in titles) == 2
+    shown = [str(tag["aria-label"]) for tag in page.named("article")]
+    located = [label for label in shown if label.startswith("Region of case")]
+    assert len(located) == 8 and len(shown) == 8 + 4
+    ious = re.findall(r"IoU of the region\s*([\d.]+)", section)
+    assert ious == sorted(ious) and (ious[0], ious[-1]) == ("0.00", "1.00")
+    assert "tuned, region head (pink, long dashes)" in section and "reference (white, solid)" in section
+    assert page.text.count("match_auroc (base): the model has no match head") == 1
+
+
+def test_the_section_draws_the_heads_box_and_its_target(
+    case: tuple[Dataset, dict[str, list[Prediction]]], headed: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = score.read_arm("tuned", headed["tuned"])
+    row = prediction(**{**rows[19].to_row(), "boxes": ()})
+    sample = next(sample for sample in case[0].samples("test") if sample.id == row.id)
+    drawn = picture(case[0], sample, [row], 0)
+    assert drawn is not None
+    places = {box["who"]: tuple(box[name] for name in ("x", "y", "width", "height")) for box in drawn["boxes"]}
+    # the picture is 64 x 48; the answer names no box, so the reference is what the head was to find
+    assert places["reference"] == places["tuned, region head"] == (0.0, 0.0, 64.0, 24.0)
+    assert places["tuned"] == (25.6, 9.6, 32.0, 38.4)
+
+
+def test_boxes_of_another_image_are_drawn_on_that_image(tmp_path: Path, make_sample: MakeSample) -> None:
+    (one, (first,)), (_, (second,)) = make_sample(0, split="test"), make_sample(1)
+    two = (one.images[0], make_sample(1)[0].images[0])
+    turns = (Turn("user", "<image> and <image>\nWhere?"), Turn("assistant", "<|box:0|>"))
+    there = replace(one, images=two, turns=turns, boxes=(Box("it", (0.5, 0.5, 1.0, 1.0), image=1),))
+    write_dataset(tmp_path / "data", [(there, [first, second])])
+    dataset = Dataset.open(tmp_path / "data")
+    row = prediction(boxes=(there.boxes[0].xyxy,), heads=("region",), region=(0.0, 0.0, 0.5, 0.5))
+    shown = [picture(dataset, there, [row], number) for number in (0, 1)]
+    assert [[box["who"] for box in drawn["boxes"]] for drawn in shown if drawn] == [
+        ["base, region head"],
+        ["reference"],
+    ]
+    assert [drawn["more"] for drawn in shown if drawn] == ["image 1 of 2", "image 2 of 2"]
+    assert shown[0] and shown[1] and shown[0]["src"] != shown[1]["src"]
+
+
+def test_without_heads_there_is_no_section(
+    case: tuple[Dataset, dict[str, list[Prediction]]], arms: dict[str, Path], tmp_path: Path
+) -> None:
+    page = write(case[0], arms, tmp_path / "out")
+    assert "Locate and verify" not in page.text
+    assert "match_auroc: the model has no match head" in page.text
+    assert "match_auroc (base)" not in page.text
+
+
+def test_scores_of_one_kind_have_a_histogram_but_no_curve() -> None:
+    rows = {"base": [prediction(1)], "tuned": [prediction(1, "tuned", heads=("match",), match_reference=0.7)]}
+    assert plots.roc_curves(rows) is None
+    drawn = plots.match_histograms(rows)
+    assert drawn is not None and drawn.startswith(b"\x89PNG")
+    assert plots.match_histograms({"base": rows["base"]}) is None
 
 
 @pytest.mark.parametrize("option", ["base", "=x", "base=", "Base=x", "b:c=x"])

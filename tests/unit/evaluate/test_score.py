@@ -165,7 +165,10 @@ def test_length_and_truncation() -> None:
 
 @given(st.lists(st.sampled_from(["yes", "no", "", "The lungs appear normal."]), min_size=1, max_size=12), st.randoms())
 def test_the_value_does_not_depend_on_the_order(texts: list[str], random: Any) -> None:
-    rows = [prediction(n, prediction=text, nll=0.1 * (n + 1)) for n, text in enumerate(texts)]
+    told: dict[str, Any] = {"heads": ("match",), "match_reference": 0.5}
+    rows = [
+        prediction(n, prediction=text, nll=0.1 * (n + 1), match_wrong=n % 3 / 2, **told) for n, text in enumerate(texts)
+    ]
     shuffled = list(rows)
     random.shuffle(shuffled)
     for metric in METRICS.values():

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medforge.evaluate.metrics import METRICS, total
-from medforge.evaluate.metrics.boxes import box_found, box_iou, iou, matched
-from medforge.evaluate.predictions import XYXY
-from tests.unit.evaluate.examples import prediction
+from medforge.metrics.boxes import XYXY, box_found, box_iou, iou, matched
 
 SHARE = st.floats(0, 1).map(lambda v: round(v, 3))
 BOX = st.tuples(SHARE, SHARE, SHARE, SHARE)
@@ -75,19 +71,3 @@ def test_missing_and_surplus_boxes_count_as_nothing() -> None:
     assert box_iou([LEFT, TOP, WHOLE, TOP], [LEFT]) == 0.25  # naming many boxes does not pay
     assert box_found([LEFT, TOP], [LEFT]) == 0.5
     assert box_found([WHOLE], [LEFT]) == 1.0  # exactly 0.5
-
-
-def test_both_the_unconditional_and_the_parsed_figure_with_their_n() -> None:
-    boxed: dict[str, Any] = {"boxes": (LEFT,), "reference": "<|box:0|>"}
-    rows = [
-        prediction(1, **boxed, predicted_boxes=(LEFT,)),
-        prediction(2, **boxed),
-        prediction(3, **boxed),
-        prediction(4, predicted_boxes=(LEFT,)),  # no reference box: not counted
-    ]
-    assert total(METRICS["box_iou"], rows) == {"value": pytest.approx(1 / 3), "n": 3}
-    assert total(METRICS["box_iou_parsed"], rows) == {"value": 1.0, "n": 1}
-    assert total(METRICS["box_found"], rows) == {"value": pytest.approx(1 / 3), "n": 3}
-    assert total(METRICS["exact_match"], rows)["n"] == 1
-    none = total(METRICS["box_iou_parsed"], rows[1:3])
-    assert none["value"] is None and none["n"] == 0 and "no prediction holds a box" in none["reason"]

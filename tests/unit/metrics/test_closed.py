@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medforge.evaluate.metrics import METRICS, total
-from medforge.evaluate.metrics.closed import closed_accuracy, parse_closed, parse_yes_no, unparsed
 from medforge.files import read_json
-from tests.unit.evaluate.examples import prediction
+from medforge.metrics.closed import closed_accuracy, parse_closed, parse_yes_no, unparsed
 
 
 @pytest.mark.parametrize(
@@ -97,11 +95,3 @@ def test_an_unparsed_answer_is_wrong_whatever_the_reference() -> None:
         assert closed_accuracy("The lungs appear normal.", reference) == 0.0
         assert unparsed("The lungs appear normal.", reference) == 1.0
     assert closed_accuracy("No evidence of disease", "no") == 1.0
-
-
-def test_open_questions_are_not_counted() -> None:
-    rows = [prediction(1), prediction(2, answer_type="open"), prediction(3, prediction="Perhaps")]
-    assert total(METRICS["closed_accuracy"], rows) == {"value": 0.5, "n": 2}
-    assert total(METRICS["unparsed_rate"], rows) == {"value": 0.5, "n": 2}
-    only_open = total(METRICS["closed_accuracy"], rows[1:2])
-    assert only_open == {"value": None, "n": 0, "reason": "no closed question"}
