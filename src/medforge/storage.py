@@ -161,6 +161,11 @@ class Store:
             )
             os.replace(path, target)
 
+    def remove(self, bucket: str, key: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        with explained(self.url, bucket, key):
+            self._client.remove_object(bucket_name=bucket, object_name=key)
+
     def list(self, bucket: str, prefix: str = "") -> Entries:
         """The objects below the folder `prefix`, sorted by key: `v1` lists `v1/…` and never `v10/…`."""
         return self._listing(bucket, _folder(prefix))
@@ -226,7 +231,7 @@ class Store:
         table: FileTable = {}
 
         def send(key: str, count: Counter) -> None:
-            table[key] = self._send(files[key], bucket, key, count)
+            table[key] = self.send(files[key], bucket, key, count)
 
         transfer(f"put s3://{bucket}", {key: path.stat().st_size for key, path in files.items()}, send)
         return {key: table[key] for key in files}
@@ -296,7 +301,8 @@ class Store:
             found = self._client.list_objects(bucket_name=bucket, prefix=prefix or None, recursive=True)
             return sorted(entry_of(item) for item in found)
 
-    def _send(self, source: Path, bucket: str, key: str, count: Counter) -> dict[str, Any]:
+    def send(self, source: Path, bucket: str, key: str, count: Counter) -> dict[str, Any]:
+        """Upload one file and return {"sha256", "size"} as sent. `count(bytes)` is called as it goes, and may raise."""
         with source.open("rb") as stream, explained(self.url, bucket, key):
             size = os.fstat(stream.fileno()).st_size
             reader = HashingReader(stream, count)

@@ -36,7 +36,7 @@ def run(base: Path, adapters: Path, dataset: Path, out: Path, config: ModelConfi
         for path in sorted(base.iterdir()):
             if path.is_file() and not (folder / path.name).exists() and not any(path.match(w) for w in WEIGHTS):
                 shutil.copyfile(path, folder / path.name)
-        for path in folder.iterdir():
+        for path in (path for path in folder.rglob("*") if path.is_file()):
             path.chmod(0o644)
         batch = _batch(base, dataset, config)
         difference, scale, agreement = _compare(
@@ -47,7 +47,9 @@ def run(base: Path, adapters: Path, dataset: Path, out: Path, config: ModelConfi
             "base": tree_digest(base),
             "adapters": {path.name: tree_digest(path) for path in adapter_folders},
             "dtype": config.dtype,
-            "weights": {path.name: sha256_file(path) for path in sorted(folder.glob("*.safetensors"))},
+            "weights": {
+                path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*.safetensors"))
+            },
             "positions": len(batch["input_ids"].flatten()),
             "max_logit_difference": difference,
             "max_logit": scale,
@@ -70,6 +72,7 @@ def _copy_heads(stages: Sequence[Path], folder: Path) -> None:
     for stage in reversed(stages):
         if load_heads(stage) is not None:
             for name in (ABOUT_FILE, WEIGHTS_FILE):
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(stage / name, folder / name)
             return
 

@@ -23,7 +23,8 @@ from medforge.models.load import load_model
 Weighting = Literal["uncertainty", "fixed"]
 
 TASKS = ("language", "region", "match")
-WEIGHTS_FILE, ABOUT_FILE = "heads.safetensors", "heads.json"
+# in a folder of their own: servers load every *.safetensors that stands beside a model's own
+WEIGHTS_FILE, ABOUT_FILE = "heads/heads.safetensors", "heads/heads.json"
 MAX_LOG_VARIANCE = 5.0
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0
 
@@ -192,13 +193,14 @@ def _clamped(heads: TaskHeads, task: str) -> torch.Tensor:
 
 
 def save_heads(heads: TaskHeads, folder: Path) -> None:
-    """Write heads.safetensors and heads.json to `folder`. The same heads give the same bytes."""
+    """Write heads/heads.safetensors and heads/heads.json to `folder`. The same heads give the same bytes."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in heads.state_dict().items()}
     region, match = heads.region_head is not None, heads.match_head is not None
     write_atomic(folder / WEIGHTS_FILE, save(tensors))
     write_json(folder / ABOUT_FILE, {"schema_version": 1, "hidden": heads.hidden, "region": region, "match": match})
+    (folder / ABOUT_FILE).parent.chmod(0o755)
     for name in (WEIGHTS_FILE, ABOUT_FILE):
         (folder / name).chmod(0o644)
 

@@ -104,7 +104,7 @@ def save(trainee: Any, weights: Mapping[str, torch.Tensor], stage: StageConfig, 
         state = {name.removeprefix(_HEADS): tensor for name, tensor in weights.items() if name.startswith(_HEADS)}
         heads.load_state_dict(state)
         save_heads(heads, folder)
-    for path in folder.iterdir():
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors makes 0600
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medforge.files import canonical_json, sha256_bytes
-from medforge.s3 import explained
 from medforge.storage import Store, connect, parse_url
 from medforge.train.checkpoint_files import (
     MANIFEST,
@@ -349,10 +348,10 @@ class Checkpoints:
         data = (folder / MANIFEST).read_bytes()
         store.ensure_bucket(self._bucket)
         if store.exists(self._bucket, f"{key}/{MANIFEST}"):  # of another run of the step: it must not vouch for this
-            _remove(store, self._bucket, f"{key}/{MANIFEST}")
+            store.remove(self._bucket, f"{key}/{MANIFEST}")
         for name, info in read_manifest(data, str(folder), step)["files"].items():
             # not `upload_files`: its pool of threads cannot be stopped, and would hold the process at its end
-            sent = store._send(folder / name, self._bucket, f"{key}/{name}", self._count)  # type: ignore[arg-type]
+            sent = store.send(folder / name, self._bucket, f"{key}/{name}", self._count)  # type: ignore[arg-type]
             if sent != info:
                 raise ValueError(f"{folder / name}: is corrupted: its SHA-256 is not the manifest's")
         store.put(self._bucket, f"{key}/{MANIFEST}", data)
@@ -373,7 +372,7 @@ class Checkpoints:
             best = max((step for step, is_best in whole.items() if is_best), default=-1)
             for step in sorted(set(there) - {*sorted(whole)[-self.keep :], sent, best}):
                 for name in sorted(there[step], key=lambda name: (name != MANIFEST, name)):
-                    _remove(store, self._bucket, f"{self._prefix}{folder_name(step)}/{name}")
+                    store.remove(self._bucket, f"{self._prefix}{folder_name(step)}/{name}")
                 self._bad_there.discard(step)
         except Exception as error:  # the upload itself has succeeded
             self._log(f"old checkpoints below {self._url} could not be removed, the next upload tries again: {error}")
@@ -382,11 +381,6 @@ class Checkpoints:
             if self._best is not None and self._best > best and not self._waiting and not self._stop.is_set():
                 self._waiting.append(self._best)
                 self._unsent.add(self._best)
-
-
-def _remove(store: Store, bucket: str, key: str) -> None:
-    with explained(store.url, bucket, key):
-        store._client.remove_object(bucket_name=bucket, object_name=key)
 
 
 def _room(folder: Path) -> int:

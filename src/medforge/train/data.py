@@ -14,7 +14,7 @@ from medforge.dataset import Dataset, choose
 from medforge.files import sha256_bytes
 from medforge.models.encode import Encoded, Encoder, Seen
 from medforge.models.rows import Item
-from medforge.records import ImageRef, Sample, Turn
+from medforge.records import BOX_MARK, ImageRef, Sample, Turn
 from medforge.stages import RefusalConfig, StageConfig, ViewConfig
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def select(dataset: Dataset, split: str, stage: StageConfig, seed: int) -> tuple
     samples = [everything[index] for index in kept]
     shares = [weights[index] for index in kept]
     if stage.refusals is not None and split == "train":
-        added = refusals(samples, stage.refusals, seed)
+        added = refusals(samples, stage.refusals, seed, f"stage {stage.name!r}: ")
         samples, shares = samples + added, shares + [1.0] * len(added)
     return samples, shares
 
@@ -185,11 +185,14 @@ def holds(view: ViewConfig, sample: Sample) -> bool:
     )
 
 
-def refusals(samples: Sequence[Sample], config: RefusalConfig, seed: int) -> list[Sample]:
-    """Questions of `samples`, asked of a blank image of the same size and answered by a refusal."""
-    able = [s for s in samples if s.images and sum(turn.role == "assistant" for turn in s.turns) == 1]
+def refusals(samples: Sequence[Sample], config: RefusalConfig, seed: int, where: str = "") -> list[Sample]:
+    """Questions of `samples`, asked of a blank image of the same size and answered by a refusal.
+
+    Raises ValueError, `where` before it, when none of them is a single question about an image.
+    """
+    able = [sample for sample in samples if _refusable(sample)]
     if not able:
-        raise ValueError("refusals: no training sample is a single question about an image; leave the section out")
+        raise ValueError(f"{where}refusals: no training sample is a single question about an image; leave it out")
     added = []
     for sample in choose(able, max(1, round(config.share * len(samples))), seed):
         answer = config.answer_zh if sample.language == "zh" else config.answer
@@ -199,3 +202,10 @@ def refusals(samples: Sequence[Sample], config: RefusalConfig, seed: int) -> lis
             replace(sample, id=f"{sample.id}-refusal", images=images, turns=turns, boxes=(), answer_type="open")
         )
     return added
+
+
+def _refusable(sample: Sample) -> bool:
+    """Whether a sample is one question about images as a whole: a box has no meaning on a blank one."""
+    asked = [turn.text for turn in sample.turns if turn.role != "assistant"]
+    single = sum(turn.role == "assistant" for turn in sample.turns) == 1
+    return bool(sample.images) and single and not any(BOX_MARK.search(text) for text in asked)

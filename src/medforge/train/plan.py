@@ -32,7 +32,7 @@ class Plan:
         self.stage, self.seed, self.tokens = stage, seed, tokens
         self.groups, self.weights = list(groups), np.asarray(weights, dtype=np.float64)
         self._whole = np.floor(self.weights + 1e-9).astype(np.int64)
-        self._share = self.weights - self._whole
+        self._share = np.clip(self.weights - self._whole, 0.0, 1.0)  # a sum of views may miss a whole by rounding
         self._drawn = round(float(self._share.sum()))
         self.epoch_size = int(self._whole.sum()) + self._drawn
         if not self.epoch_size:
@@ -88,6 +88,19 @@ class Plan:
             self._cuts.append(place)
         return self._cuts[number]
 
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
+        """As many samples as the fractions add up to, none twice, each with the chance that its fraction says.
+
+        Systematic sampling in a drawn order (Madow 1949): the fractions are laid end to end, and marks at a distance of
+        1 pick those that they fall on. The first mark is drawn from where the marks are as many as are wanted.
+        """
+        order = rng.permutation(np.flatnonzero(self._share))
+        ends = np.cumsum(self._share[order])
+        over = self._drawn - float(ends[-1])
+        offset = rng.uniform(max(0.0, over), min(1.0, over + 1.0))
+        places = np.searchsorted(ends, np.arange(1, self._drawn + 1) - offset)
+        return np.asarray(order[np.minimum(places, len(order) - 1)])
+
     def epoch(self, number: int) -> np.ndarray:
         """The samples of an epoch in their order.
 
@@ -97,10 +110,7 @@ class Plan:
         rng = np.random.default_rng([self.seed, number])
         taken = np.repeat(np.arange(len(self.groups)), self._whole)
         if self._drawn:
-            # without replacement, with chances that follow the fractions (Efraimidis and Spirakis 2006)
-            able = np.flatnonzero(self._share)
-            keys = rng.random(len(able)) ** (1.0 / self._share[able])
-            taken = np.concatenate([taken, np.sort(able[np.argsort(-keys)[: self._drawn]])])
+            taken = np.concatenate([taken, np.sort(self._draw(rng))])
         taken = rng.permutation(taken)
         if self.run == 1:
             return taken

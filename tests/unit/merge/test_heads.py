@@ -12,7 +12,7 @@ from medforge.files import read_json, sha256_file, tree_digest
 from medforge.merge import run
 from medforge.models.load import load_model
 
-HEADS = ("heads.json", "heads.safetensors")
+HEADS = ("heads/heads.json", "heads/heads.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_the_last_heads_of_the_stack_are_copied(base: Path, phantoms: Path, stag
     assert first != second
     proof = run(base, stages, phantoms, tmp_path / "one", ModelConfig())
     assert digests(tmp_path / "one") == second
-    assert proof["weights"]["heads.safetensors"] == second[HEADS.index("heads.safetensors")]
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "one").iterdir()} == {0o644}
+    assert proof["weights"]["heads/heads.safetensors"] == second[HEADS.index("heads/heads.safetensors")]
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "one").rglob("*") if path.is_file()} == {0o644}
     run(base, stages, phantoms, tmp_path / "two", ModelConfig())
     assert tree_digest(tmp_path / "one") == tree_digest(tmp_path / "two")
     load_model(tmp_path / "one", "float32")  # the heads' file does not count as the model's weights
@@ -81,7 +81,7 @@ def test_without_heads_there_are_none(base: Path, phantoms: Path, stages: Path, 
 
 def test_broken_heads_leave_nothing(base: Path, phantoms: Path, stages: Path, tmp_path: Path) -> None:
     give_heads(stages / "03-say", 1)
-    (stages / "03-say" / "heads.safetensors").write_bytes(b"broken")
+    (stages / "03-say" / "heads/heads.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"03-say.*heads\.safetensors"):
         run(base, stages, phantoms, tmp_path / "model", ModelConfig())
     assert not (tmp_path / "model").exists()

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -431,7 +430,6 @@ class FolderStore:
         self.down = self.refuse_removal = False
         self.gate = threading.Event()  # sending waits for it
         self.gate.set()
-        self._client = SimpleNamespace(remove_object=self._remove)
 
     def _path(self, bucket: str, key: str = "") -> Path:
         if self.down:
@@ -463,17 +461,17 @@ class FolderStore:
         path.write_bytes(data)
         self.order.append(key)
 
-    def _send(self, source: Path, bucket: str, key: str, count: Callable[[int], None]) -> dict[str, Any]:
+    def send(self, source: Path, bucket: str, key: str, count: Callable[[int], None]) -> dict[str, Any]:
         while not self.gate.wait(0.01):
             count(0)
         self.put(bucket, key, source.read_bytes())
         return {"sha256": sha256_file(source), "size": source.stat().st_size}
 
-    def _remove(self, bucket_name: str, object_name: str) -> None:
+    def remove(self, bucket: str, key: str) -> None:
         if self.refuse_removal:
             raise ValueError("removal is not allowed")
-        self._path(bucket_name, object_name).unlink()
-        self.order.append(f"-{object_name}")
+        self._path(bucket, key).unlink()
+        self.order.append(f"-{key}")
 
     def download_files(self, bucket: str, prefix: str, files: Mapping[str, Any], target: Path) -> None:
         target.mkdir(parents=True)
