@@ -10,7 +10,7 @@ SET ?=
 RUN_ARGUMENTS = $(if $(CONFIG),--config '$(CONFIG)') $(if $(DATA),--data '$(DATA)') $(foreach s,$(SET),--set '$(s)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline-run pipeline-compile test test-unit test-integration test-e2e lint format constraints clean
+.PHONY: help setup pipeline-run pipeline-compile test test-unit test-integration test-e2e bench lint format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -29,7 +29,7 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV), with the tools for tests (once)"
-	$(INSTALL) --editable '.[pipeline,train,dev]'
+	$(INSTALL) --editable '.[pipeline,train,distributed,dev]'
 	@touch $@ $(VENV)/.stamp-run
 
 pipeline-run: $(VENV)/.stamp-run ## run the pipeline here: [CONFIG=run.yaml] [DATA=folder or s3://…] [SET="field=value …"]
@@ -50,6 +50,9 @@ test-integration: $(VENV)/.stamp-dev ## run the tests against real servers
 test-e2e: $(VENV)/.stamp-dev ## run the pipeline's tests
 	@$(BIN)/python -m pytest tests/e2e
 
+bench: $(VENV)/.stamp-dev ## measure a claim of speed against its peers: NAME=train
+	@$(BIN)/python -m benchmarks.$(NAME) $(ARGUMENTS)
+
 lint: $(VENV)/.stamp-dev ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -60,7 +63,7 @@ format: $(VENV)/.stamp-dev ## let ruff format and mend what it can
 	@$(BIN)/ruff format .
 
 constraints: $(VENV)/.stamp-dev ## write constraints.txt from the versions installed in .venv, with every extra
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[gateway,predictor,pipeline,train,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[gateway,predictor,pipeline,train,distributed,dev]'
 	@$(BIN)/python .ci/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
 
 clean: ## remove the workspace of finished steps and caches; runs/ and the store stay

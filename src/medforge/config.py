@@ -196,8 +196,8 @@ class RunConfig(_Section):
                 stage.heads.match,
             ):
                 raise ValueError(
-                    f"stage {stage.name!r}: heads: stage {before.name!r} before it has heads, which would no longer fit "
-                    "the model; give this stage the same heads, or put it first"
+                    f"stage {stage.name!r}: heads: stage {before.name!r} before it has heads, which would no longer "
+                    "fit the model; give this stage the same heads, or put it first"
                 )
         return self
 

@@ -26,7 +26,7 @@ LAYERS = {
     **dict.fromkeys(("records", "config", "stages", "files", "progress", "drawing", "lifetime", "workspace"), GROUND),
 }
 OTHER_PARTS = {"kfp", "kserve", "fastapi", "components", "pipelines", "serving"}
-HEAVY = {"torch", "transformers", "peft", "accelerate", "pandas", "matplotlib", "datasets", "tensorboard"}
+HEAVY = {"deepspeed", "torch", "transformers", "peft", "accelerate", "pandas", "matplotlib", "datasets", "tensorboard"}
 # a subclass needs its base class when its module is imported; these are imported only where they are used
 MAY_BE_HEAVY = {
     "train/trainee.py": {"torch"},

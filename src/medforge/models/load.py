@@ -71,8 +71,10 @@ def stack(folder: Path | None) -> list[Path]:
     return sorted(path.parent for name in ("adapter_config.json", FULL_WEIGHTS) for path in folder.glob(f"*/{name}"))
 
 
-def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> Any:
-    """The model of `folder` in `dtype` with `adapters` merged into its weights in their order, on the CPU or the GPU.
+def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = (), device: str | None = None) -> Any:
+    """The model of `folder` in `dtype` with `adapters` merged into its weights in their order.
+
+    It is put on `device`: on the GPU where there is one, if none is named.
 
     Raises ValueError when the folder is no Qwen-VL model or its weights are broken.
     """
@@ -93,7 +95,7 @@ def load_model(folder: Path, dtype: str, adapters: Sequence[Path] = ()) -> Any:
         raise ValueError(f"{folder}: the model cannot be loaded: {len(lost)} weights are missing; first: {lost[0]}")
     for adapter in adapters:
         model = _apply(model, adapter)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _apply(model: Any, adapter: Path) -> Any:

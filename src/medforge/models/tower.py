@@ -23,6 +23,9 @@ class Tower:
         self.visual = model.model.visual
         self.mergers = [self.visual.merger, *getattr(self.visual, "deepstack_merger_list", [])]
         self.unit = self.visual.spatial_merge_size**2
+        config = self.visual.config
+        channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
+        self.patch_width = channels * config.temporal_patch_size * config.patch_size**2
 
     def before(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> list[Levels]:
         """For each image its levels before the mergers. The mergers run along; their output is dropped."""

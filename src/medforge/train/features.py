@@ -20,6 +20,9 @@ from medforge.models.tower import Levels, Tower
 from medforge.train.data import Recent
 
 if TYPE_CHECKING:
+    import torch
+
+if TYPE_CHECKING:
     pass
 
 Kind = Literal["before", "after"]
@@ -114,6 +117,19 @@ class Features:
     def __init__(self, tower: Tower, kind: Kind | None, cache: FeatureCache | None) -> None:
         assert cache is None or kind is not None
         self.tower, self.kind, self.cache = tower, kind, cache
+
+    def nothing(self, device: Any) -> torch.Tensor:
+        """Zero (a scalar), by a run of the tower over a black image: with ZeRO-3, where another process's batch has
+        images and this one's has none, both have to run the same modules, forward and backward."""
+        import torch
+
+        side = self.tower.visual.spatial_merge_size
+        grid = torch.tensor([[1, side, side]], device=device)
+        values = torch.zeros(side * side, self.tower.patch_width, device=device)
+        with torch.set_grad_enabled(self.kind is None and torch.is_grad_enabled()):
+            made = (self.tower.before if self.kind == "before" else self.tower.after)(values, grid)
+        levels = self.tower.merge(made) if self.kind == "before" else made
+        return sum((level.sum() * 0.0 for parts in levels for level in parts), start=torch.zeros((), device=device))
 
     def ready(self, batch: Batch, pixels: Callable[[str], np.ndarray]) -> Ready:
         """What can be done ahead, in another thread: reading what is kept, decoding what is not."""

@@ -25,8 +25,13 @@ State = dict[str, dict[str, "Tensor"]]
 class Parallel(Protocol):
     """How several devices share the work; `medforge.config.ParallelConfig` is one."""
 
-    strategy: Literal["ddp", "zero2", "zero3"]
-    offload: Literal["none", "cpu"]
+    @property
+    def strategy(self) -> Literal["ddp", "zero2", "zero3"]:
+        """Whole weights in each process, or DeepSpeed ZeRO."""
+
+    @property
+    def offload(self) -> Literal["none", "cpu"]:
+        """Where ZeRO keeps the optimizer's state."""
 
 
 @dataclass(frozen=True)

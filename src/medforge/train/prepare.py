@@ -75,6 +75,7 @@ def decisions(job: Job, material: Material, model: Any, device: Any) -> Speed:
         activation_bytes=activation_bytes(config.text_config, job.stage.micro_tokens, itemsize),
         memory_bytes=free_memory(device),
         disk_bytes=free_disk(job.features),
+        in_step=job.parallel.strategy == "zero3" and job.parallel.processes > 1,
         questions_per_row=plan.epoch_size / max(1, rows),
     )
     return decide(job.stage, facts)
@@ -116,7 +117,9 @@ def build(job: Job, material: Material, device: Any) -> tuple[Any, dict[str, str
     from medforge.train.trainee import Trainee
 
     family, stage = family_of(job.base), job.stage
-    model = load_model(job.base, job.model.dtype, job.before)
+    # ZeRO-3 takes the weights to the device a shard at a time: the whole may not fit
+    sharded = job.parallel.strategy == "zero3" and job.parallel.processes > 1
+    model = load_model(job.base, job.model.dtype, job.before, device="cpu" if sharded else None)
     speed = decisions(job, material, model, device)
     if speed.fused:
         fuse(model, family.name)
@@ -136,7 +139,8 @@ def build(job: Job, material: Material, device: Any) -> tuple[Any, dict[str, str
     features = Features(Tower(stock), speed.features, cache)
     heads = _heads(job, stock.config.text_config.hidden_size)
     dtype = job.model.dtype
-    trainee = Trainee(model, heads, features, stage.heads, dtype, speed.answer_logits, speed.flex)
+    trainee = Trainee(model, heads, features, stage.heads, dtype, device, speed.answer_logits, speed.flex)
+    trainee.in_step = sharded
     trainee.train()
     return trainee, targets, speed
 

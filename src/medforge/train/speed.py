@@ -24,6 +24,7 @@ class Facts:
     `tuned` are the parts of the model with trainable layers (visual tower, visual merger, language). `visits` is how
     often the stage runs an image, `feature_bytes` what all its images' features take on disk, `activation_bytes` what
     a micro-batch's activations take, `memory_bytes` what the device has left for them.
+    `in_step` tells that all processes have to run the same modules at the same time (ZeRO-3).
     """
 
     device: str
@@ -37,6 +38,7 @@ class Facts:
     memory_bytes: int
     disk_bytes: int
     questions_per_row: float
+    in_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,13 @@ def _cache(stage: StageConfig, facts: Facts, features: Kind | None) -> Decision:
                 "then change with every step; set auto or off"
             )
         return Decision(name, False, "the stage tunes the vision tower")
+    if facts.in_step:
+        if setting == "on":
+            raise ValueError(
+                f"stage {stage.name!r}: speed.cache_features: on, but with strategy zero3 every process has to run the "
+                "tower whenever one does; set auto or off, or choose zero2"
+            )
+        return Decision(name, False, "with ZeRO-3 every process runs the tower whenever one does")
     limit = min(stage.speed.cache_gigabytes * _GIGABYTE, _FREE_SHARE * facts.disk_bytes)
     size = (
         f"{facts.images} images, each run {facts.visits:.1f} times; {facts.feature_bytes / _GIGABYTE:.3g} GB "

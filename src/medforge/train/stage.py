@@ -16,6 +16,9 @@ from medforge.models.determinism import seeded
 from medforge.train.job import Inputs, Job
 from medforge.train.prepare import Material, build, feature_folder, read
 
+# how long uploads may hold up the end: less than a pod's grace after SIGTERM, and a good while when all is done
+_STOPPED_SECONDS, _FINISHED_SECONDS = 15.0, 600.0
+
 
 def run(
     inputs: Inputs,
@@ -94,7 +97,8 @@ def train(job: Job) -> None:
             print(f"{job.stage.name}: {material.plan.steps} steps\n{speed.explain()}", flush=True)
         identity = job.identity(material.data_digest)
         url = f"{job.checkpoints.url.rstrip('/')}/{job.stage.name}-{identity[:16]}" if job.checkpoints.url else None
-        kept = checkpoints.Checkpoints(job.work / "checkpoints", job.checkpoints.keep, url)
+        say = print if chief else lambda *_: None
+        kept = checkpoints.Checkpoints(job.work / "checkpoints", job.checkpoints.keep, url if chief else None, say)
         state = _resume(job, kept, engine, identity, chief)
         shown = board.Board(
             job.logs, job.stage.name, material.plan.steps, state.step, lambda: throughput.peak_memory(world.device)
@@ -123,13 +127,15 @@ def train(job: Job) -> None:
             save=save,
             report=shown.report if shown else lambda *_: None,
         )
+        grace = _STOPPED_SECONDS
         try:
             state = loop.train(job.stage, parts, state, job.seed)
+            grace = _FINISHED_SECONDS
         finally:
             if shown:
                 shown.close()
             if chief:
-                kept.close()
+                kept.close(grace)
         if chief:
             _write(job, material, trainee, kept, state, trainable)
     parallel.stop(world)
@@ -164,6 +170,7 @@ def _write(job: Job, material: Material, trainee: Any, kept: Any, state: Any, tr
     validated = state.best is not None
     found = kept.best(fetch=False) if validated else kept.latest(fetch=False)
     wanted = state.best_step if validated else state.step
+    curves = [dict(sorted(row.items())) for row in state.curves]  # a resumed run has read its rows in another order
     if found is None or found.step != wanted:
         raise ValueError(
             f"{job.work}: the checkpoint of step {wanted}, which is the result, could not be written or is gone; make "
@@ -182,9 +189,9 @@ def _write(job: Job, material: Material, trainee: Any, kept: Any, state: Any, tr
         "steps": state.step,
         "best_step": wanted,
         "best_by": job.stage.best_by if validated else "last step (the data set has no validation split)",
-        "eval_loss": _figure(state.curves, wanted, "eval_loss"),
-        "validation": _figures(state.curves, wanted),
-        "curves": state.curves,
+        "eval_loss": _figure(curves, wanted, "eval_loss"),
+        "validation": _figures(curves, wanted),
+        "curves": curves,
     }
     with new_folder(job.out) as folder:
         for path in before:
@@ -192,7 +199,7 @@ def _write(job: Job, material: Material, trainee: Any, kept: Any, state: Any, tr
         adapter = folder / f"{len(before) + 1:02d}-{job.stage.name}"
         save(trainee, found.tensors("weights"), job.stage, adapter)
         write_json(adapter / "stage.json", about)
-        plot_curves(state.curves, job.stage.name, adapter / "curves.png")
+        plot_curves(curves, job.stage.name, adapter / "curves.png")
 
 
 def _figures(curves: list[dict[str, float]], step: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from medforge.models.rows import PADDING, Batch
 
-# dense peak in FLOP/s by a part of the device's name: (bfloat16, float32); from the makers' data sheets
+# dense peak in FLOP/s by words of the device's name: (bfloat16, float32); from the makers' data sheets
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("H200", 989e12, 67e12),
     ("H100 PCIe", 756e12, 51e12),
@@ -90,7 +91,7 @@ def device_peak(device: Any, dtype: str) -> float:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, bfloat16, float32 in _PEAKS:
-            if part in name:
+            if re.search(rf"\b{part}\b", name):  # an L40 is no L4
                 return bfloat16 if dtype == "bfloat16" else float32
     side = 8192 if device.type == "cuda" else 1024
     one = torch.ones(side, side, dtype=kind, device=device)

@@ -82,13 +82,15 @@ class Trainee(torch.nn.Module):
         features: Features,
         config: HeadsConfig | None,
         dtype: str,
+        device: Any,
         answer_logits: bool = True,
         flex: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.heads = model, heads
-        self.features, self.config, self.dtype = features, config, dtype
+        self.features, self.config, self.dtype, self.device = features, config, dtype, device
         self.answer_logits, self.flex = answer_logits, flex
+        self.in_step = False  # ZeRO-3: all processes run the same modules, with or without use for them
 
     @property
     def stock(self) -> Any:
@@ -109,14 +111,16 @@ class Trainee(torch.nn.Module):
         With `outputs`, also what the heads say of each item: {"boxes": xyxy, 0–1, "scores": logits} as lists.
         """
         assert work.ready is not None
-        device = self.stock.lm_head.weight.device
+        device = self.device
         batch = work.batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             levels = self.features.levels(batch, work.ready, device)
+            idle = self.features.nothing(device) if self.in_step and not levels else 0.0
             hidden = hidden_states(self.stock, batch, levels, self.flex)
             losses = {"language": answer_losses(self.stock, hidden, batch, self.answer_logits).sum()}
         if self.heads is not None:
             losses |= self._head_losses(batch, hidden.flatten(0, 1))
+        losses["language"] = losses["language"] + idle
         share = self._join(losses, totals, once) * scale
         sums = {name: loss.detach() for name, loss in losses.items()}
         return (share, sums, self._outputs(batch, hidden.flatten(0, 1))) if outputs else (share, sums)
@@ -141,11 +145,15 @@ class Trainee(torch.nn.Module):
             pooled = hidden[batch.taps[found]].float()
             target = torch.tensor([goals[place].box for place in found], device=pooled.device)
             losses["region"] = region_loss(self.heads.region(pooled), target).sum()
+        elif self.in_step and self.config.region:
+            losses["region"] = self.heads.region(hidden[:1].float()).sum() * 0.0
         if claims := [place for place, goal in enumerate(goals) if goal.fits is not None]:
             pooled = hidden[batch.taps[claims]].float()
             fits = torch.tensor([float(goals[place].fits) for place in claims], device=pooled.device)
             weighed, _ = match_loss(self.heads.match(pooled), fits, self.config.missed_weight, self.config.gamma)
             losses["match"] = weighed.sum()
+        elif self.in_step and self.config.match:
+            losses["match"] = self.heads.match(hidden[:1].float()).sum() * 0.0
         return losses
 
     def _join(self, losses: dict[str, torch.Tensor], totals: Mapping[str, float], once: bool) -> torch.Tensor:

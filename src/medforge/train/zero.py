@@ -71,7 +71,7 @@ class Zero(Engine):
         # one notice a collective, of names that DeepSpeed has not taken up yet
         warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
         if world.device.type == "cpu":
-            # an operator for inference, not used here, that would be compiled now: minutes, and a g++ that may be missing
+            # an operator for inference, not used here, that would be compiled now: it takes minutes and a g++
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)  # joins the process group that `start` made
         if self.whole_forward:
