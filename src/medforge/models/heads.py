@@ -26,6 +26,7 @@ TASKS = ("language", "region", "match")
 # in a folder of their own: servers load every *.safetensors that stands beside a model's own
 WEIGHTS_FILE, ABOUT_FILE = "heads/heads.safetensors", "heads/heads.json"
 MAX_LOG_VARIANCE = 5.0
+LOG_VARIANCE_RATE = 10.0
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0
 
 
@@ -72,11 +73,21 @@ def _float32(head: torch.nn.Module, pooled: torch.Tensor) -> torch.Tensor:
 
 
 def parameter_groups(heads: TaskHeads, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for a torch optimizer: the matrices, and what takes no decay: biases, norms and log-variances."""
-    trained = [parameter for parameter in heads.parameters() if parameter.requires_grad]
+    """Three groups for a torch optimizer: the matrices; biases and norms, without decay; and the log-variances.
+
+    A log-variance has to travel as far as the logarithm of its task's loss, and under AdamW a parameter moves by about
+    its rate a step: at the heads' own rate the weights would hardly change in a short stage. It gets
+    `LOG_VARIANCE_RATE` times that.
+    """
+    weights = {id(parameter) for parameter in heads.log_variance.values()}
+    trained = [
+        parameter for parameter in heads.parameters() if parameter.requires_grad and id(parameter) not in weights
+    ]
+    rate = learning_rate * LOG_VARIANCE_RATE
     return [
         {"params": [p for p in trained if p.ndim > 1], "lr": learning_rate, "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "lr": learning_rate, "weight_decay": 0.0},
+        {"params": list(heads.log_variance.values()), "lr": rate, "weight_decay": 0.0},
     ]
 
 

@@ -26,8 +26,14 @@ def attach(model: Any, family: Family, stage: StageConfig) -> tuple[Any, dict[st
     """Make the stage's layers trainable and all else frozen. Returns the model and {layer: entry of `tune`}.
 
     What is trained is float32, also where the frozen weights are bfloat16: its updates would be lost in rounding.
+    Raises ValueError for an entry that matches nothing, or the output layer where it is the word embedding too.
     """
     targets = lora_targets(model, family, stage.tune)
+    if "lm_head" in targets and model.lm_head.weight is model.get_input_embeddings().weight:
+        raise ValueError(
+            f"stage {stage.name!r}: tune: lm_head shares its weights with the word embedding in this model, and would "
+            "change it along; leave it out"
+        )
     model.requires_grad_(False)
     if stage.method == "full":
         for name in targets:

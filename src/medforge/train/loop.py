@@ -24,7 +24,7 @@ from medforge.train.data import Samples
 from medforge.train.plan import Plan
 from medforge.train.speed import Speed
 from medforge.train.throughput import Meter, counts_of, flops
-from medforge.train.trainee import Work, items_of
+from medforge.train.trainee import Work, items_of, normalisers
 
 _AHEAD = 2  # steps that are prepared while one runs
 EXPLODED = 10.0  # times the usual loss (at least a nat): the stage stops
@@ -67,6 +67,7 @@ class Parts:
     validate: Callable[[int], dict[str, float]] | None
     save: Callable[[State, bool], None]
     report: Callable[[int, Mapping[str, float]], None]
+    tasks: dict[str, float] = field(default_factory=dict)  # the heads' mean losses in the last step
 
 
 def train(stage: StageConfig, parts: Parts, state: State, seed: int) -> State:
@@ -99,7 +100,7 @@ def train(stage: StageConfig, parts: Parts, state: State, seed: int) -> State:
                 row = {"step": done, "loss": means[0], "grad_norm": means[1], "learning_rate": rates[0]}
                 state.unlogged = []
                 state.curves.append(row)
-                parts.report(done, row | parts.meter.read(world.size))
+                parts.report(done, row | parts.tasks | parts.meter.read(world.size))
             last = done == plan.steps
             stopping = engine.any(stop.is_set())
             better = False
@@ -110,7 +111,7 @@ def train(stage: StageConfig, parts: Parts, state: State, seed: int) -> State:
                 started = time.perf_counter()
                 parts.save(state, better)
                 parts.meter.leave_out(time.perf_counter() - started)
-            if stopping and not last:
+            if stopping:  # after the last step too: its validation is still to come
                 raise Stopped
             if exhausted and not last:
                 parts.report(done, {"stopped_early": float(done)})
@@ -154,14 +155,15 @@ def one_step(parts: Parts, works: list[Work], seed: int, step: int, rates: list[
     names = list(works[0].counts)
     totals = dict(zip(names, (sum(work.counts[name] for work in works) for name in names), strict=True))
     turns = engine.most(len(mine)) if engine.whole_forward else len(mine)
-    told = 0.0
+    told = dict.fromkeys(("language", "region", "match"), 0.0)
     for turn in range(turns):
         # ZeRO-3 gathers weights together: a process without work of its own runs along with none of its weight
         work, scale = (mine[turn], 1.0) if turn < len(mine) else (works[0], 0.0)
         torch.manual_seed(_seed(seed, step, work.number))
         share, sums = engine(work, totals, scale, once=work.number == 0 and scale > 0)
         engine.backward(share)
-        told += float(sums["language"]) * scale
+        for task, value in sums.items():
+            told[task] += float(value) * scale
     norm = engine.step(rates)
     batches = [work.batch for work in mine]
     patches = sum(len(array) for work in mine if work.ready for array in work.ready.pixels.values())
@@ -170,8 +172,12 @@ def one_step(parts: Parts, works: list[Work], seed: int, step: int, rates: list[
     counts["flops"] += 2.0 * parts.size.tower * patches
     counts["samples"] = float(sum(item.tag.fits is None for batch in batches for item in batch.items))
     keys = list(counts)
-    summed = engine.total([told, *(counts[key] for key in keys)])
-    parts.meter.add(dict(zip(keys, summed[1:], strict=True)))
+    summed = engine.total([*told.values(), *(counts[key] for key in keys)])
+    parts.meter.add(dict(zip(keys, summed[len(told) :], strict=True)))
+    if heads := parts.plan.stage.heads:
+        divisors = normalisers(totals, heads)
+        means = {f"loss_{t}": value / divisors[t] for t, value in zip(told, summed, strict=False) if divisors[t]}
+        parts.tasks.update(means)
     return summed[0] / totals["language"], float(norm)
 
 

@@ -145,15 +145,21 @@ def _resume(job: Job, kept: Any, engine: Any, identity: str, chief: bool) -> Any
     """The state of the newest checkpoint of the same job, its weights put in place; a new state without one."""
     from medforge.train.loop import State
 
+    unfit: set[int] = set()
+
     def fits(state: Any) -> bool:
-        return bool(state.get("identity") == identity)
+        return bool(state.get("identity") == identity and state["step"] not in unfit)
 
     found = kept.latest(fits) if chief else None
+    while found is not None and not _has_best(kept, found):
+        print(f"{job.stage.name}: the best checkpoint before step {found.step} is gone: it is made again", flush=True)
+        unfit.add(found.step)
+        found = kept.latest(fits)
     step = engine.most(found.step if found else 0)  # the others wait for what process 0 may have to fetch
     if not step:
         return State()
     if not chief:
-        found = kept.latest(fits, fetch=False)
+        found = kept.latest(lambda state: fits(state) and state["step"] == step, fetch=False)
     assert found is not None and found.step == step
     engine.load_state({name: found.tensors(name) for name in ("weights", "exp_avg", "exp_avg_sq", "step")})
     values = {name: value for name, value in found.state.items() if name != "identity"}
@@ -161,6 +167,18 @@ def _resume(job: Job, kept: Any, engine: Any, identity: str, chief: bool) -> Any
     if chief:
         print(f"{job.stage.name}: goes on after step {step}", flush=True)
     return State(**values)
+
+
+def _has_best(kept: Any, found: Any) -> bool:
+    """Whether the best checkpoint up to `found`, which may be the stage's result, is at hand. It is fetched if need be.
+
+    Going on without it could end without a result: steps after it need not better it.
+    """
+    wanted = found.state["best_step"]
+    if wanted in (None, found.step):
+        return True
+    best = kept.best()
+    return best is not None and best.step == wanted
 
 
 def _write(job: Job, material: Material, trainee: Any, kept: Any, state: Any, trainable: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from medforge.models.claims import claimable, wrong_answers
 from medforge.models.forward import answer_losses, hidden_states
 from medforge.models.generate import region_target
-from medforge.models.heads import TaskHeads, match_loss, penalty, region_loss, task_weights
+from medforge.models.heads import TASKS, TaskHeads, match_loss, penalty, region_loss, task_weights
 from medforge.models.rows import Batch, Item
 from medforge.stages import HeadsConfig
 from medforge.train.data import Samples
@@ -122,6 +122,9 @@ class Trainee(torch.nn.Module):
             losses |= self._head_losses(batch, hidden.flatten(0, 1))
         losses["language"] = losses["language"] + idle
         share = self._join(losses, totals, once) * scale
+        if torch.is_grad_enabled() and not share.requires_grad:
+            # only texts, in a stage that tunes the vision alone: their backward has nothing to do, and is no error
+            share = share.detach().requires_grad_()
         sums = {name: loss.detach() for name, loss in losses.items()}
         return (share, sums, self._outputs(batch, hidden.flatten(0, 1))) if outputs else (share, sums)
 
@@ -161,12 +164,8 @@ class Trainee(torch.nn.Module):
             return losses["language"] / totals["language"]
         divisors = normalisers(totals, self.config)
         present = {name for name, total in divisors.items() if total}
-        factors = task_weights(
-            self.heads,
-            self.config.weighting,
-            {str(name): weight for name, weight in self.config.weights.items()},
-            present,
-        )
+        weights = dict.fromkeys(TASKS, 1.0) | {str(task): weight for task, weight in self.config.weights.items()}
+        factors = task_weights(self.heads, self.config.weighting, weights, present)
         joined = sum(
             (factors[name] * loss / divisors[name] for name, loss in losses.items() if name in present),
             start=torch.zeros((), device=losses["language"].device),
