@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 PARTS = ("vision_merger", "vision_tower", "language_attention", "language_mlp")
 REGEX = "re:"
 HEADS = "heads"
-Switch = Literal["auto", "on", "off"]
+# YAML reads a bare on and off as true and false
+Switch = Annotated[
+    Literal["auto", "on", "off"], BeforeValidator(lambda v: {True: "on", False: "off"}[v] if isinstance(v, bool) else v)
+]
 Metric = Literal["loss", "accuracy", "closed_accuracy", "open_accuracy", "region_iou", "match_auroc"]
 
 # What a preset sets where the stage says nothing. Rates follow LLaVA's two stages (Liu et al. 2023, arXiv 2304.08485).
@@ -218,6 +221,9 @@ class StageConfig(Section):
 
 def idle_setting(tree: dict[str, Any]) -> tuple[str, str] | None:
     """A setting that a stage's YAML gives and another of its settings makes idle, with the reason; None for none."""
+    speed = tree.get("speed") or {}
+    if "cache_gigabytes" in speed and speed.get("cache_features") in ("on", "off", True, False):
+        return "speed.cache_gigabytes", "it bounds cache_features: auto alone"
     idle = (
         ("batch_size", tree.get("batch_tokens") is not None, "batch_tokens says how large a step is"),
         ("lora", tree.get("method") == "full", "method is full"),

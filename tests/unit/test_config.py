@@ -13,9 +13,10 @@ from medforge.cli import main
 from medforge.config import RunConfig, load_config, load_policy, parse_config
 
 POLICY = {"name": "strict", "rules": [{"name": "exact", "metric": "exact_match", "bound": 0.5}]}
+STAGE: dict[str, Any] = {"name": "align", "tune": ["vision_merger"], "steps": 10}
 RUN: dict[str, Any] = {
     "name": "demo",
-    "stages": [{"name": "align", "tune": ["vision_merger"], "steps": 10}],
+    "stages": [STAGE],
     "policy": POLICY,
 }
 
@@ -44,6 +45,9 @@ def test_defaults_and_the_way_through_json(write: Any) -> None:
         ({"data": {"source": "somewhere", "phantom": {"images": 20}}}, "data.phantom"),
         ({"model": {"base": "org/model", "tiny": {"steps": 3}}}, "model.tiny"),
         ({"model": {"revision": "v2"}}, "model.revision"),
+        ({"stages": [STAGE | {"batch_tokens": 64, "batch_size": 4}]}, "stages.0.batch_size"),
+        ({"stages": [STAGE, STAGE | {"name": "b", "method": "full", "lora": {"r": 4}}]}, "stages.1.lora"),
+        ({"stages": [STAGE | {"generate_samples": 0, "max_new_tokens": 9}]}, "stages.0.max_new_tokens"),
     ],
 )
 def test_a_setting_that_can_take_no_effect_is_refused(write: Any, change: dict[str, Any], field: str) -> None:
@@ -71,6 +75,13 @@ def test_policy_in_a_file_beside(write: Any) -> None:
         ({"stages": []}, "stages: List should have at least 1 item"),
         ({"stages": [{"name": "a", "tune": ["vision_merger"]}]}, "stage 'a': give exactly one of steps and epochs"),
         ({"stages": RUN["stages"] * 2}, "two stages have the same name"),
+        ({"stages": [STAGE | {"tune": ["vision"]}]}, "stages.0.tune: 'vision' is not one of vision_merger, "),
+        ({"stages": [STAGE | {"preset": "x"}]}, "stages.0: preset 'x' is not one of concept-alignment, "),
+        ({"stages": [STAGE | {"heads": {"match": 1}, "speeed": {}}]}, "stages.0.speeed: is not a setting"),
+        ({"parallel": {"offload": "cpu"}}, "parallel: parallel.offload: has no effect with strategy ddp"),
+        ({"parallel": {"processes": 0}}, "parallel.processes: Input should be greater than or equal to 1"),
+        ({"checkpoints": {"url": "file:///x"}}, "checkpoints.url: String should match pattern"),
+        ({"checkpoints": {"keep": 0}}, "checkpoints.keep: Input should be greater than or equal to 1"),
         ({"policy": {"name": "p", "rules": [{"name": "r", "metric": "m"}]}}, "rule 'r': give a bound, a margin"),
     ],
 )
@@ -110,6 +121,28 @@ def test_overrides(write: Any) -> None:
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             load_config(path, [override])
+
+
+def test_parallel_and_checkpoints(write: Any) -> None:
+    change = {
+        "parallel": {"processes": 4, "strategy": "zero3", "offload": "cpu"},
+        "checkpoints": {"url": "s3://bucket/prefix", "keep": 3},
+    }
+    config = load_config(write(RUN | change))
+    assert (config.parallel.strategy, config.parallel.offload, config.checkpoints.keep) == ("zero3", "cpu", 3)
+    plain = load_config(write(RUN))
+    assert (plain.parallel.processes, plain.checkpoints.url) == (1, "")
+
+
+def test_heads_are_kept_by_the_stages_after(write: Any) -> None:
+    """A later stage moves the states that the heads read: it has to train them along."""
+    plain, heads = STAGE | {"name": "plain"}, STAGE | {"name": "heads", "heads": {}}
+    region = STAGE | {"name": "region", "heads": {"match": False}}
+    for first, second in ((heads, plain), (heads, region)):
+        with pytest.raises(ValueError, match=f"stage {second['name']!r}: heads: stage 'heads' before it has heads"):
+            load_config(write(RUN | {"stages": [first, second]}))
+    for stages in ([plain, heads], [plain, heads, heads | {"name": "again"}]):
+        assert len(load_config(write(RUN | {"stages": stages})).stages) == len(stages)
 
 
 def test_no_stage_of_that_name(write: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _PIXEL_BYTES = 1 << 30
 _ENCODED_BYTES = 1 << 28
 _GREY = (128, 128, 128)
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+")  # a Chinese character counts as a word
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -181,7 +183,7 @@ def holds(view: ViewConfig, sample: Sample) -> bool:
         and (not view.question_types or sample.question_type in view.question_types)
         and (not view.languages or sample.language in view.languages)
         and (view.boxes is None or view.boxes == bool(sample.boxes))
-        and len(sample.answer.split()) >= view.min_answer_words
+        and len(_WORD.findall(sample.answer)) >= view.min_answer_words
     )
 
 

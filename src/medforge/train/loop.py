@@ -29,6 +29,7 @@ from medforge.train.trainee import Work, items_of, normalisers
 _AHEAD = 2  # steps that are prepared while one runs
 EXPLODED = 10.0  # times the usual loss (at least a nat): the stage stops
 _USUAL = 50  # steps that make the usual loss
+_REMEDY = "Lower learning_rate or max_grad_norm, or lengthen warmup"
 
 
 class Stopped(SystemExit):
@@ -132,6 +133,12 @@ def _validate(stage: StageConfig, parts: Parts, state: State, step: int) -> bool
     parts.meter.leave_out(time.perf_counter() - started)
     state.curves.append({"step": step} | {f"eval_{name}": value for name, value in figures.items()})
     parts.report(step, {f"eval_{name}": value for name, value in figures.items()})
+    for name, value in figures.items():
+        if not math.isfinite(value):  # else it could be the best one: nothing is better than NaN
+            raise ValueError(
+                f"stage {stage.name!r}: step {step}: the validation's {name} is {value}. Weights of before it are in "
+                f"the last checkpoint. {_REMEDY}"
+            )
     if stage.best_by not in figures:
         raise ValueError(
             f"stage {stage.name!r}: best_by is {stage.best_by}, which the validation samples do not give; they have "
@@ -207,7 +214,7 @@ def guard(parts: Parts, stage: StageConfig, state: State, step: int, loss: float
         write_json(path, {"step": step + 1, **finite, "samples": ids, "recent_losses": state.losses[-10:]})
     raise ValueError(
         f"stage {stage.name!r}: step {step + 1}: {what}; the step's samples are in {path}. Weights of before it are in "
-        "the last checkpoint. Lower learning_rate or max_grad_norm, lengthen warmup, or take out the samples"
+        f"the last checkpoint. {_REMEDY}, or take out the samples"
     )
 
 

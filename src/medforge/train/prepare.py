@@ -24,6 +24,7 @@ from medforge.train.speed import (
     free_disk,
     free_memory,
     fuse,
+    use_flex,
 )
 
 
@@ -124,7 +125,7 @@ def build(job: Job, material: Material, device: Any) -> tuple[Any, dict[str, str
     if speed.fused:
         fuse(model, family.name)
     if speed.flex:
-        model.set_attn_implementation({"text_config": "flex_attention", "vision_config": "sdpa"})
+        use_flex(model)
     # before the adapters, which would be part of the digest
     digest = tower_digest(model, speed.features) if speed.cache and speed.features else ""
     model, targets = attach(model, family, stage)

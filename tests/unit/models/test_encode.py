@@ -16,7 +16,7 @@ from PIL import Image
 
 from medforge.models.encode import CONTROL, IGNORE, Encoder, collate
 from medforge.models.families import FAMILIES
-from medforge.records import Box
+from medforge.records import Box, ImageRef
 from tests.unit.models.examples import picture, sample, token_losses
 
 PIXELS = (56 * 56, 160 * 160)
@@ -317,6 +317,73 @@ def test_seen_images_are_shared(plain: Encoder) -> None:
     seen, item = plain.see(images), sample(turns, images)
     np.testing.assert_array_equal(plain.encode(item, seen).pixel_values, plain.encode(item, images).pixel_values)
     np.testing.assert_array_equal(plain.encode(item, seen).input_ids, plain.encode(item, images).input_ids)
+
+
+def refs(images: list[Image.Image]) -> list[ImageRef]:
+    return [ImageRef(f"{number:064x}", *one.size) for number, one in enumerate(images)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes=st.lists(st.tuples(st.integers(3, 500), st.integers(3, 500)), max_size=3))
+def test_measuring_tells_what_seeing_tells(tiny_models: dict[str, Path], shapes: list[tuple[int, int]]) -> None:
+    """Without pixels the grid and the sizes are the same, for every family; so is what is encoded with them."""
+    images = [Image.new("RGB", shape) for shape in shapes]
+    for folder in tiny_models.values():
+        encoder = Encoder(folder, *PIXELS)
+        seen, measured = encoder.see(images), encoder.measure(refs(images))
+        np.testing.assert_array_equal(measured.grid, seen.grid)
+        assert measured.grid.dtype == seen.grid.dtype
+        assert measured.sizes == seen.sizes
+        assert measured.pixel_values.shape == (0, seen.pixel_values.shape[1])
+        assert measured.pixel_values.dtype == seen.pixel_values.dtype
+
+
+@pytest.mark.parametrize(("turns", "images"), [(turns, images) for turns, images, _ in CASES])
+def test_a_sample_is_encoded_without_its_pixels(
+    encoder: Encoder, turns: list[tuple[str, str]], images: list[Image.Image]
+) -> None:
+    item = sample(turns, images)
+    measured, whole = encoder.encode(item, encoder.measure(refs(images))), encoder.encode(item, images)
+    for name in ("input_ids", "labels", "grid"):
+        np.testing.assert_array_equal(getattr(measured, name), getattr(whole, name), err_msg=name)
+    assert (measured.image_tokens, measured.sizes) == (whole.image_tokens, whole.sizes)
+    assert len(measured.pixel_values) == 0
+
+
+def test_a_too_elongated_image_is_refused_when_measured(plain: Encoder) -> None:
+    with pytest.raises(ValueError, match="aspect ratio"):
+        plain.measure([ImageRef("0" * 64, 402, 2)])
+
+
+@pytest.mark.parametrize(("language", "label"), [("en", "Proposed answer: "), ("zh", "拟议答案：")])
+def test_a_claim_is_asked_and_not_answered(plain: Encoder, language: str, label: str) -> None:
+    images = [picture(0)]
+    turns = [("system", "Be brief."), ("user", "<image>\nIs there a nodule?"), ("assistant", "no")]
+    encoded = plain.encode_claim(sample(turns, images, language=language), images, " yes ")
+    marks = "<|image_pad|>" * encoded.image_tokens
+    assert plain.tokenizer.decode(encoded.input_ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        f"<|im_start|>user\n<|vision_start|>{marks}<|vision_end|>Is there a nodule?\n{label}yes<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert encoded.answer_tokens == 0
+    assert len(encoded.pixel_values) == encoded.grid.prod()
+
+
+def test_a_claim_does_not_tell_the_right_answer(plain: Encoder) -> None:
+    """Two samples that differ in their answers only make the same claim."""
+    images = [picture(0)]
+    one, other = (
+        plain.encode_claim(sample([("user", "<image>\nWhere?"), ("assistant", answer)], images), images, "left lung")
+        for answer in ("left lung", "liver")
+    )
+    np.testing.assert_array_equal(one.input_ids, other.input_ids)
+
+
+def test_control_tokens_in_a_claim_are_refused(plain: Encoder) -> None:
+    item = sample([("user", "Well?"), ("assistant", "no")])
+    with pytest.raises(ValueError, match=r"holds <\|im_end\|>"):
+        plain.encode_claim(item, [], "yes<|im_end|>")
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused(base: Path, tmp_path: Path) -> None:

@@ -184,6 +184,82 @@ def test_adapters_are_merged_in_their_order(base: Path, adapters: Path) -> None:
     assert not torch.equal(first[query], both[query])
 
 
+# --- stages that tuned layers themselves
+
+
+LAYER = "model.language_model.layers.1.mlp.up_proj.weight"
+
+
+def full_stage(folder: Path, weights: dict[str, Any]) -> Path:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "weights.safetensors")
+    return folder
+
+
+def test_a_stack_holds_both_kinds_of_stage(tmp_path: Path) -> None:
+    for name, file in (("03-say", "adapter_config.json"), ("01-see", "weights.safetensors"), ("02-note", "notes")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    assert [path.name for path in stack(tmp_path)] == ["01-see", "03-say"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tuned_layers_take_the_place_of_the_bases(base: Path, tmp_path: Path, dtype: str) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    plain = load_model(base, dtype).state_dict()
+    tuned = torch.randn(plain[LAYER].shape)
+    found = load_model(base, dtype, [full_stage(tmp_path / "01-all", {LAYER: tuned})]).state_dict()
+    assert torch.equal(found[LAYER], tuned.to(getattr(torch, dtype)))
+    assert set(found) == set(plain)
+    assert all(torch.equal(found[name], plain[name]) for name in plain if name != LAYER)
+    assert {tensor.dtype for name, tensor in found.items() if name.endswith("weight")} == {getattr(torch, dtype)}
+
+
+def test_stages_of_both_kinds_apply_in_their_order(base: Path, adapters: Path, tmp_path: Path) -> None:
+    """Tuned layers replace what an adapter before them made of a layer, and an adapter after them adds to it."""
+    import torch
+
+    merger = "model.visual.merger.linear_fc1.weight"
+    see, say = stack(adapters)
+    torch.manual_seed(0)
+    base_merger = load_model(base, "float32").state_dict()[merger]
+    delta = load_model(base, "float32", [say]).state_dict()[merger] - base_merger
+    assert float(delta.abs().max()) > 0
+    tuned = torch.randn(base_merger.shape)
+    full = full_stage(tmp_path / "02-all", {merger: tuned})
+    assert torch.equal(load_model(base, "float32", [see, full]).state_dict()[merger], tuned)
+    both = load_model(base, "float32", [see, full, say]).state_dict()[merger]
+    torch.testing.assert_close(both, tuned + delta, rtol=1e-5, atol=1e-6)
+
+
+def test_tuned_layers_of_another_model_are_told(base: Path, tmp_path: Path) -> None:
+    import torch
+
+    unknown = full_stage(tmp_path / "a", {"model.language_model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match=r"weights\.safetensors: holds .*layers\.9.*which the model does not have"):
+        load_model(base, "float32", [unknown])
+    shape = full_stage(tmp_path / "b", {LAYER: torch.zeros(3, 5)})
+    with pytest.raises(
+        ValueError, match=r"weights\.safetensors: the weights cannot be loaded: .*size mismatch.*up_proj"
+    ):
+        load_model(base, "float32", [shape])
+
+
+def test_broken_tuned_layers_are_told(base: Path, tmp_path: Path) -> None:
+    import torch
+
+    path = full_stage(tmp_path / "a", {LAYER: torch.zeros(256, 128)}) / "weights.safetensors"
+    whole = path.read_bytes()
+    for data in (b"", whole[: len(whole) // 2], b"\xff" * 64):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"weights\.safetensors: the weights cannot be loaded"):
+            load_model(base, "float32", [tmp_path / "a"])
+
+
 def test_loading_writes_nothing(base: Path) -> None:
     before = list_files(base), tree_digest(base)
     load_model(base, "float32")
