@@ -157,7 +157,7 @@ def evaluate(config: str, base: str, tuned: str, dataset: str, results: str, met
     _log(metrics, run_step(Step("evaluate", "evaluate", inputs, about, {"results": Path(results)}), body))
 
 
-_HEADLINE = ("exact_match", "token_f1", "closed_accuracy", "perplexity")
+_HEADLINE = ("exact_match", "token_f1", "closed_accuracy", "perplexity", "region_iou", "match_auroc")
 
 
 def gate(config: str, results: str, verdict: str, metrics: Metrics) -> bool:

@@ -29,7 +29,14 @@ SMALL: dict[str, Any] = {
     },
     "stages": [
         {"name": "align", "tune": ["vision_merger"], "steps": 6, "batch_size": 4, "evaluate_every": 2},
-        {"name": "instruct", "tune": ["language_attention"], "steps": 6, "batch_size": 4, "evaluate_every": 2},
+        {
+            "name": "instruct",
+            "tune": ["language_attention"],
+            "steps": 6,
+            "batch_size": 4,
+            "evaluate_every": 2,
+            "heads": {},
+        },
     ],
     "evaluate": {"batch_size": 4, "max_new_tokens": 4, "report_samples": 4},
     # the small model learns nothing; this asks only that the figures are there

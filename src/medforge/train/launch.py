@@ -59,10 +59,14 @@ def _forward(child: subprocess.Popen[bytes]) -> Any:
 
 
 def _agent(path: Path, processes: int) -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.run import main
 
     end_with_parent()
-    main(["--standalone", "--nproc-per-node", str(processes), "-m", "medforge.train.launch", str(path)])
+    try:
+        main(["--standalone", "--nproc-per-node", str(processes), "-m", "medforge.train.launch", str(path)])
+    except SignalException as error:  # it has passed the signal on and waited; Python would end with 1
+        raise SystemExit(128 + error.sigval) from None
 
 
 def _process(path: Path) -> None:

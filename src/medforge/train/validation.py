@@ -91,8 +91,7 @@ class Validation:
         for number, rows in self._mine(list(enumerate(micro))):
             batch = collate_rows(rows, encoder.image_id, encoder.pad_id, speed.packed)
             work = Work(number, batch, self.engine.module.features.ready(batch, self.samples.pixels))
-            totals = {name: max(1.0, count) for name, count in work.counts.items()}
-            _, sums, seen = self.engine(work, totals, outputs=True)
+            _, sums, seen = self.engine(work, work.counts, outputs=True)
             nll += float(sums["language"])
             tokens += len(batch.targets)
             for goal, box, score in zip((item.tag for item in batch.items), seen["boxes"], seen["scores"], strict=True):
