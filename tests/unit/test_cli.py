@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -98,3 +99,88 @@ def test_check_fills_in_defaults_and_takes_overrides(capsys: pytest.CaptureFixtu
     shown = json.loads(capsys.readouterr().out)
     assert shown["data"]["split"] == "by-study"
     assert shown["publish"]["channel"] == "candidate"
+
+
+SWITCHES = (
+    "share_prefix",
+    "cache_features",
+    "answer_logits",
+    "length_buckets",
+    "packing",
+    "flex_attention",
+    "checkpoint_activations",
+    "bfloat16",
+    "fused_kernels",
+    "compile",
+)
+
+
+@pytest.fixture
+def training(tmp_path: Path, base: Path, phantoms: Path) -> list[str]:
+    """The words of a `train` command, with OUT at the end."""
+    stage = {"name": "see", "tune": ["vision_merger"], "steps": 2, "batch_size": 4, "generate_samples": 0}
+    policy = min(CONFIGS[0].parent.parent.glob("policies/*.yaml"))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"name": "unit", "stages": [stage], "policy": str(policy)}))
+    return ["train", "--config", str(path), "--stage", "see", str(base), str(phantoms), str(tmp_path / "out")]
+
+
+def test_explain_tells_every_switch_and_trains_nothing(
+    training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from medforge.stages import SpeedConfig
+
+    def no_weights(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("medforge.train.prepare.load_model", no_weights)
+    assert main([*training[:5], "--explain", "--set", "stages.0.speed.answer_logits=false", *training[5:]]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("stage see: ") and " 2 steps of 4.0 samples " in head and "lora on 4 layers, 1 x " in head
+    told = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines}
+    assert tuple(told) == SWITCHES
+    assert set(SpeedConfig.model_fields) - set(told) == {"questions_per_image", "cache_gigabytes", "workers"}
+    assert all(state in ("on", "off") and len(why) > 5 for state, why in told.values())
+    assert (told["share_prefix"][0], told["answer_logits"][0], told["bfloat16"][0]) == ("on", "off", "off")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_explain_says_what_cannot_take_effect(
+    training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--explain", "--set", "stages.0.tune=[vision_tower]", "--set", "stages.0.speed.cache_features=on"]
+    assert main([*training[:5], *words, *training[5:]]) == 1
+    assert "speed.cache_features: on, but the stage tunes the vision tower" in capsys.readouterr().err
+
+
+def test_train_writes_a_stack_and_says_what_it_found(
+    training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(training) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.logs", "out.work", "run.yaml"]
+    about = json.loads((tmp_path / "out" / "01-see" / "stage.json").read_text())
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{tmp_path / 'out'}: 2 steps, best at 2, loss {about['eval_loss']:.4g}, perplexity ")
+    assert last.endswith(f"checkpoints in {tmp_path / 'out.work'}")
+    assert main(training) == 1
+    assert "out: is there already" in capsys.readouterr().err
+
+
+def test_nproc_is_the_number_of_processes(
+    training: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from medforge.train import launch, stage
+
+    asked: list[int] = []
+
+    def in_this_process(job: Any) -> None:
+        asked.append(job.parallel.processes)
+        stage.train(job)
+
+    monkeypatch.setattr(launch, "launch", in_this_process)
+    assert main([*training[:5], "--nproc", "3", *training[5:]]) == 0
+    assert asked == [3]
+    assert main([*training[:5], "--explain", "--nproc", "2", *training[5:]]) == 0
+    assert ", 2 x " in capsys.readouterr().out
+    assert main([*training[:5], "--nproc", "0", *training[5:-1], f"{training[-1]}-2"]) == 1
+    assert "parallel.processes" in capsys.readouterr().err

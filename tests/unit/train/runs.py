@@ -145,6 +145,18 @@ def copy_samples(phantoms: Path, out: Path, kept: Callable[[Sample], bool]) -> P
     return out
 
 
+def weights_are_those_of(adapter: Path, folder: Path) -> None:
+    """Assert that the adapter holds a checkpoint's weights, which go by other names there."""
+    import torch
+    from safetensors.torch import load_file
+
+    kept = load_file(folder / "weights.safetensors")
+    found = load_file(adapter / "adapter_model.safetensors")
+    plain = {name.removeprefix("model.").replace(".default.", "."): tensor for name, tensor in kept.items()}
+    assert plain.keys() == found.keys()
+    assert all(torch.equal(plain[name], tensor) for name, tensor in found.items())
+
+
 def close(one: Mapping[int, float], other: Mapping[int, float], tolerance: float) -> None:
     """Assert that two curves are the same within a relative tolerance."""
     assert one.keys() == other.keys() and one

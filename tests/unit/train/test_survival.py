@@ -29,6 +29,7 @@ from tests.unit.train.runs import (
     figures,
     same_files,
     train,
+    weights_are_those_of,
 )
 
 KILL = """
@@ -286,8 +287,6 @@ def test_a_best_checkpoint_that_was_lost_is_made_again(
 
 def test_the_best_checkpoint_is_what_is_kept(tmp_path: Path, base: Path, phantoms: Path) -> None:
     """A learning rate that is far too large makes the validation loss rise; an interruption does not hide it."""
-    from tests.unit.train.test_stage import weights_are_those_of
-
     stage = changed(learning_rate=50.0, schedule="constant", warmup=0.0, steps=8)
     adapter = train(tmp_path / "one", base, phantoms, stage)
     told, losses = about(adapter), figures(adapter, "eval_loss")
