@@ -218,6 +218,11 @@ class StageConfig(Section):
                 raise ValueError(f"{where}: best_by {self.best_by} needs the {head} head")
         return self
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide the result: all but those of memory and speed, which change it by rounding only."""
+        speed = {"questions_per_image": self.speed.questions_per_image}  # decides on the samples' order
+        return self.model_dump(exclude={"micro_tokens", "speed"}) | {"speed": speed}
+
 
 def idle_setting(tree: dict[str, Any]) -> tuple[str, str] | None:
     """A setting that a stage's YAML gives and another of its settings makes idle, with the reason; None for none."""

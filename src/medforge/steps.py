@@ -81,7 +81,7 @@ def train(
     run = parse_config(config)
     wanted = run.stage(stage)
     inputs = {"model": Path(model), "dataset": Path(dataset)} | ({"before": Path(before)} if before else {})
-    settings = {"stage": wanted.model_dump(), "model": _seeing(run), "dtype": run.model.dtype, "seed": run.seed}
+    settings = {"stage": wanted.decisive(), "model": _seeing(run), "dtype": run.model.dtype, "seed": run.seed}
 
     def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
         from medforge.train import Inputs

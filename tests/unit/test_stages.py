@@ -188,3 +188,10 @@ def test_yaml_words_for_true_and_false_are_switches() -> None:
         "packing": "on",
         "compile": "off",
     }
+
+
+def test_memory_and_speed_do_not_decide_the_result_but_the_order_does() -> None:
+    plain = stage()
+    assert stage(micro_tokens=64, speed={"share_prefix": False}).decisive() == plain.decisive()
+    assert stage(speed={"questions_per_image": 1}).decisive() != plain.decisive()
+    assert stage(learning_rate=3e-4).decisive() != plain.decisive()

@@ -31,8 +31,13 @@ class Tower:
         """For each image its levels before the mergers. The mergers run along; their output is dropped."""
         inputs: list[torch.Tensor] = []
         hooks = [merger.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for merger in self.mergers]
+        import torch
+
+        # a dropout in the mergers must not draw: what is drawn later would depend on which images are kept already
+        devices = [pixel_values.device] if pixel_values.is_cuda else []
         try:
-            self._run(pixel_values, grid)
+            with torch.random.fork_rng(devices):
+                self._run(pixel_values, grid)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -59,7 +59,7 @@ class Job(BaseModel):
                 "base": tree_digest(self.base),
                 "before": {path.name: tree_digest(path) for path in self.before},
                 "data": data_digest,
-                "stage": self.stage.model_dump(),
+                "stage": self.stage.decisive(),
                 "seeing": [self.model.min_pixels, self.max_pixels, self.model.dtype],
                 "seed": self.seed,
             }
