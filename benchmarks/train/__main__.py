@@ -29,7 +29,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.environments import versions
+from benchmarks.environments import only_one, versions
 from benchmarks.train import data, measure, medforge_side, report
 from benchmarks.train.loss import losses
 from benchmarks.train.model import QWEN, Shape, build
@@ -49,6 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     work = work_of(options)
     cache = Path(options.cache).resolve()
+    with only_one(cache / "train"):
+        return compare(options, work, cache, sys.argv[1:] if arguments is None else arguments)
+
+
+def compare(options: argparse.Namespace, work: Work, cache: Path, given: list[str]) -> int:
+    """`main` with its options read: `given` is the command line as the JSON file tells it."""
     place = prepare(cache / "train", Path(options.vqa_rad), work, QWEN if options.qwen_vocabulary else Shape())
     dtypes: tuple[Dtype, ...] = (options.dtype,) if options.dtype else DTYPES
     entered, found_versions, results = enter(options.only, dtypes, cache)
@@ -65,9 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     about = {
         "benchmark": "train",
-        "command": shlex.join(
-            ["python", "-m", "benchmarks.train", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        "command": shlex.join(["python", "-m", "benchmarks.train", *given]),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(work.threads),
         "versions": found_versions,

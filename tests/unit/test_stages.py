@@ -184,7 +184,9 @@ def test_nothing_is_idle(tree: dict[str, Any]) -> None:
 
 def test_yaml_words_for_true_and_false_are_switches() -> None:
     """YAML 1.1 reads a bare `on` and `off` as true and false."""
-    assert SpeedConfig.model_validate({"packing": True, "compile": False}).model_dump(include={"packing", "compile"}) == {
+    assert SpeedConfig.model_validate({"packing": True, "compile": False}).model_dump(
+        include={"packing", "compile"}
+    ) == {
         "packing": "on",
         "compile": "off",
     }

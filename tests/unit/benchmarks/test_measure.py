@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import environments
-from benchmarks.environments import Environment, Ran, run
+from benchmarks.environments import Environment, Ran, only_one, run
 from benchmarks.train import peers
 from benchmarks.train.__main__ import parser, work_of
 from benchmarks.train.measure import Contender, Place, measure, reason
@@ -48,6 +50,33 @@ def test_after_the_time_limit_all_is_ended(tmp_path: Path) -> None:
     ran = run(python("import time; time.sleep(60)"), tmp_path / "log.txt", timeout=0.5)
     assert ran.code == -9
     assert time.monotonic() - started < 30
+
+
+def test_a_terminated_benchmark_takes_its_run_with_it(tmp_path: Path) -> None:
+    """SIGTERM alone would leave the training behind, on the cores of whatever is measured next."""
+    inner = "import os, time, pathlib; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    outer = (
+        "import sys; from pathlib import Path; from benchmarks.environments import only_one, run\n"
+        f"with only_one(Path('lock')): run([sys.executable, '-c', {inner!r}], Path('log.txt'))\n"
+    )
+    root = Path(environments.__file__).parents[1]
+    process = subprocess.Popen(python(outer), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)})
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 143
+    pid = int((tmp_path / "pid").read_text())
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_two_benchmarks_do_not_share_a_folder(tmp_path: Path) -> None:
+    with only_one(tmp_path), pytest.raises(ValueError, match="another benchmark runs here"), only_one(tmp_path):
+        pass
+    with only_one(tmp_path):
+        pass
 
 
 def test_a_failure_names_the_last_error(tmp_path: Path) -> None:

@@ -672,4 +672,4 @@ def test_what_a_killed_run_did_not_send_is_sent_at_the_restart(
     check(again.latest(), 2)
     save(again, 3)
     again.close()
-    assert store.steps() == [1, 2, 3]
+    assert store.steps() == [1, 2, 3], log
