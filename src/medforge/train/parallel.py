@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -103,7 +104,7 @@ def engine(
     return Zero(module, groups, world, max_grad_norm, betas, eps, parallel)
 
 
-class Engine:
+class Engine(ABC):
     """A module with its optimizer (AdamW, arXiv 1711.05101).
 
     A step is: `engine(…)` and `backward(share)` for each micro-batch of this process, then `step` in every process.
@@ -127,36 +128,36 @@ class Engine:
         """What the module returns."""
         return self.module(*args, **kwargs)
 
+    @abstractmethod
     def backward(self, share: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the step's loss. Nothing is sent yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, learning_rates: Sequence[float]) -> float:
         """Sum the gradients over all processes, clip them to `max_grad_norm`, take a step, and clear them.
 
         `learning_rates` has one a parameter group. A parameter without a gradient in any process stays as it is.
         Returns the gradients' norm before clipping. When that is not finite, the weights are left as they are.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self) -> State:
         """Weights and optimizer of the trainable parameters by name: {"weights", "exp_avg", "exp_avg_sq", "step"}.
 
         All processes must call it. Process 0 gets whole float32 tensors on the CPU, in a format that does not depend on
         strategy or number of processes; the others get {}. A parameter's `step` counts its updates (a scalar).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def load_state(self, state: State) -> None:
         """Go on from what `state` returned, in whatever strategy and number of processes.
 
         All processes must call it, each with the whole state. Raises ValueError when it is of other parameters.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self) -> dict[str, Tensor]:
         """The trainable parameters by name, whole and on the CPU, in process 0; {} elsewhere. All must call it."""
-        raise NotImplementedError
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Each value summed over processes (in float64)."""
