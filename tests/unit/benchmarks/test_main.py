@@ -33,7 +33,7 @@ def stood_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(command.measure, "measure", measure)
     monkeypatch.setattr(command, "alone", alone)
-    place = Place(Path("model"), {8: Path("short"), 16: Path("long")}, Path("runs"))
+    place = Place(Path("model"), {n: Path(str(n)) for n in (8, 16, Work.short, Work.long)}, Path("runs"))
     monkeypatch.setattr(command, "prepare", lambda *_: (place, {"model": {"parameters": 1}}))
     entered = [contender(name) for name in LONGER]
     monkeypatch.setattr(command, "enter", lambda *_: (entered, {"medforge": {"torch": "2.13.0"}}, []))
