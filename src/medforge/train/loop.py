@@ -21,6 +21,7 @@ from medforge.files import write_json
 from medforge.models.rows import collate_rows, cut
 from medforge.stages import StageConfig
 from medforge.train.data import Samples
+from medforge.train.memory import advised, sizes
 from medforge.train.plan import Plan
 from medforge.train.speed import Speed
 from medforge.train.throughput import Meter, counts_of, flops
@@ -90,7 +91,7 @@ def train(stage: StageConfig, parts: Parts, state: State, seed: int) -> State:
         for step in range(state.step, plan.steps):
             works = ahead.take(step)
             rates = [peak * factor(stage, step, plan.steps) for peak in parts.peaks]
-            with _memory(stage, works):
+            with advised(stage, "training on", *sizes([work.batch for work in works])):
                 loss, norm = one_step(parts, works, seed, step, rates)
             guard(parts, stage, state, step, loss, norm)
             state.step = done = step + 1
@@ -139,11 +140,6 @@ def _validate(stage: StageConfig, parts: Parts, state: State, step: int) -> bool
                 f"stage {stage.name!r}: step {step}: the validation's {name} is {value}. Weights of before it are in "
                 f"the last checkpoint. {_REMEDY}"
             )
-    if stage.best_by not in figures:
-        raise ValueError(
-            f"stage {stage.name!r}: best_by is {stage.best_by}, which the validation samples do not give; they have "
-            f"{', '.join(sorted(figures))}"
-        )
     value = figures[stage.best_by]
     better = state.best is None or (value < state.best if stage.best_by == "loss" else value > state.best)
     if better:
@@ -283,29 +279,3 @@ def _terminated() -> Iterator[Any]:
         yield event
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _memory(stage: StageConfig, works: list[Work]) -> Iterator[None]:
-    """Say which setting to lower, and to what, when memory runs out."""
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
-            raise
-        longest = max(work.batch.input_ids.numel() for work in works)
-        row = max(work.batch.input_ids.shape[1] for work in works)
-        alone = max(item.encoded.length for work in works for item in work.batch.items)
-        lower = max(16, longest // 2)
-        advice = f"lower micro_tokens from {stage.micro_tokens} to {lower}"
-        if lower < alone:
-            advice = (
-                f"one sample alone has {alone} tokens: halve max_pixels, or set speed.checkpoint_activations to on, "
-                f"and micro_tokens to {alone}"
-            )
-        raise ValueError(
-            f"stage {stage.name!r}: out of memory with {longest} tokens in a micro-batch (longest row {row}): "
-            f"{advice}. ({str(error).splitlines()[0]})"
-        ) from None

@@ -40,11 +40,23 @@ class Material:
 
 
 def read(job: Job) -> Material:
-    """Open the data set and choose the stage's samples. ValueError when there are none, or a view holds none."""
+    """Open the data set and choose the stage's samples.
+
+    Raises ValueError when there are none, a view holds none, or no validation sample bears the figure of `best_by`.
+    """
+    from medforge.train.validation import figures
+
     dataset = Dataset.open(job.dataset)
     encoder = Encoder(job.base, job.model.min_pixels, job.max_pixels)
     chosen, weights = select(dataset, "train", job.stage, job.seed)
     held_out, _ = select(dataset, "validation", job.stage, job.seed)
+    given = figures(job.stage, held_out, job.seed)
+    if held_out and job.stage.best_by not in given:
+        raise ValueError(
+            f"stage {job.stage.name!r}: best_by is {job.stage.best_by}, which its {len(held_out)} validation samples "
+            f"do not bear; they give {', '.join(given)}: choose one of these, or raise validation_samples or "
+            "generate_samples"
+        )
     train = Samples(dataset, chosen, encoder)
     groups = [train.images(index) or (sample.id,) for index, sample in enumerate(chosen)]
     plan = Plan(job.stage, groups, weights, job.seed, lambda index: train.item(index).encoded.length)

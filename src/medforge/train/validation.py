@@ -13,15 +13,37 @@ from medforge.metrics.ranking import auroc
 from medforge.models.claims import claimable, wrong_answers
 from medforge.models.generate import answer_boxes, answer_text, generate, read_boxes, region_target
 from medforge.models.rows import Item, collate_rows, cut
+from medforge.records import Sample
 from medforge.stages import StageConfig
 from medforge.train.data import Samples
+from medforge.train.memory import advised, sizes
 from medforge.train.speed import Speed
 from medforge.train.trainee import Goal, Trainee, Work
 
 _SHOWN = 8  # answers in TensorBoard
-_AT_ONCE = 16  # prompts generated together
+_AT_ONCE = 16  # prompts generated together, where micro_tokens has room for them
 
 Answers = list[tuple[str, str, str, Sequence[Any]]]
+
+
+def asked(stage: StageConfig, count: int) -> list[int]:
+    """Which of a stage's `count` validation samples are answered by generation."""
+    # spread over the split, since neighbours are questions of one image
+    step = max(1, count // max(1, stage.generate_samples))
+    return list(range(0, count, step))[: stage.generate_samples]
+
+
+def figures(stage: StageConfig, samples: Sequence[Sample], seed: int) -> list[str]:
+    """The names of the figures that a validation on `samples` gives."""
+    types = {samples[index].answer_type for index in asked(stage, len(samples))}
+    found = ["loss", "perplexity", *(["accuracy"] if types else []), *(f"{kind}_accuracy" for kind in sorted(types))]
+    if stage.heads and stage.heads.region and any(region_target(sample) is not None for sample in samples):
+        found.append("region_iou")
+    if stage.heads and stage.heads.match:
+        wrong = wrong_answers(samples, seed)
+        if any(answer is not None and claimable(s) for s, answer in zip(samples, wrong, strict=True)):
+            found.append("match_auroc")
+    return found
 
 
 class Validation:
@@ -32,10 +54,9 @@ class Validation:
 
     def __init__(self, stage: StageConfig, samples: Samples, engine: Any, world: Any, speed: Speed, seed: int) -> None:
         self.stage, self.samples, self.engine, self.world, self.speed = stage, samples, engine, world, speed
-        count = len(samples)
-        step = max(1, count // max(1, stage.generate_samples))
-        # spread over the split, since neighbours are questions of one image
-        self.asked = list(range(0, count, step))[: stage.generate_samples]
+        self.asked = asked(stage, len(samples))
+        longest = max((samples.item(index).encoded.length for index in self.asked), default=1)
+        self.at_once = max(1, min(_AT_ONCE, stage.micro_tokens // longest))
         self.items = self._items(seed)
 
     def _items(self, seed: int) -> list[Item]:
@@ -91,7 +112,8 @@ class Validation:
         for number, rows in self._mine(list(enumerate(micro))):
             batch = collate_rows(rows, encoder.image_id, encoder.pad_id, speed.packed)
             work = Work(number, batch, self.engine.module.features.ready(batch, self.samples.pixels))
-            _, sums, seen = self.engine(work, work.counts, outputs=True)
+            with advised(self.stage, "validating", *sizes([batch])):
+                _, sums, seen = self.engine(work, work.counts, outputs=True)
             nll += float(sums["language"])
             tokens += len(batch.targets)
             for goal, box, score in zip((item.tag for item in batch.items), seen["boxes"], seen["scores"], strict=True):
@@ -121,11 +143,13 @@ class Validation:
         model, encoder = self.engine.module.model, self.samples.encoder
         extra = {"synced_gpus": True} if self.engine.whole_forward else {}
         right = {"open": 0.0, "closed": 0.0}
-        asked = {"open": 0.0, "closed": 0.0}
+        count = {"open": 0.0, "closed": 0.0}
         shown: Answers = []
-        for indexes in _chunks(self._mine(self.asked), _AT_ONCE):
+        for indexes in _chunks(self._mine(self.asked), self.at_once):
             prompts = self.samples.prompts(indexes)
-            answers = generate(model, encoder, prompts, self.stage.max_new_tokens, **extra)
+            longest = max(prompt.length for prompt in prompts)
+            with advised(self.stage, "generating after", longest * len(prompts), longest, longest):
+                answers = generate(model, encoder, prompts, self.stage.max_new_tokens, **extra)
             for index, prompt, answer in zip(indexes, prompts, answers, strict=True):
                 sample = self.samples.samples[index]
                 reference = answer_text(sample, encoder.family, prompt.sizes)
@@ -133,16 +157,16 @@ class Validation:
                 wanted = answer_boxes(sample)
                 is_right = correct(sample.question, reference, answer.text, sample.answer_type, wanted, boxes)
                 right[sample.answer_type] += is_right
-                asked[sample.answer_type] += 1
+                count[sample.answer_type] += 1
                 if len(shown) < _SHOWN and self.world.rank == 0:
                     shown.append((sample.question, reference, answer.text, self.samples.decoded(index)))
         kinds = list(right)
-        summed = self._sum([*right.values(), *asked.values()])
-        right, asked = dict(zip(kinds, summed[:2], strict=True)), dict(zip(kinds, summed[2:], strict=True))
+        summed = self._sum([*right.values(), *count.values()])
+        right, count = dict(zip(kinds, summed[:2], strict=True)), dict(zip(kinds, summed[2:], strict=True))
         if shown:
             show(shown)
-        figures = {f"{kind}_accuracy": right[kind] / asked[kind] for kind in kinds if asked[kind]}
-        total = sum(asked.values())
+        figures = {f"{kind}_accuracy": right[kind] / count[kind] for kind in kinds if count[kind]}
+        total = sum(count.values())
         return figures | {"accuracy": sum(right.values()) / total} if total else figures
 
 

@@ -21,6 +21,7 @@ from medforge.models.generate import answer_boxes, answer_text, generate, pooled
 from medforge.models.heads import load_task_model, to_xyxy
 from medforge.models.load import load_model, stack
 from medforge.train.validation import Validation
+from medforge.train.validation import figures as names_of
 from tests.unit.models.examples import token_losses
 from tests.unit.train.runs import MODEL, SEED, about, changed, copy_samples, figures, train
 
@@ -163,25 +164,54 @@ def test_the_heads_figures(trained: Path, base: Path, phantoms: Path, encoder: E
 
 
 def test_what_no_sample_bears_is_absent(tmp_path: Path, base: Path, phantoms: Path) -> None:
+    """And is known to be before anything is computed."""
+
     def kept(name: str, of: Any) -> Path:
         return copy_samples(phantoms, tmp_path / name, lambda sample: sample.split == "train" or of(sample))
 
+    def names(dataset: Path, **changes: Any) -> set[str]:
+        given = setting(tmp_path, base, dataset, STAGE, **changes)
+        found = set(given.run())
+        assert set(names_of(given.validation.stage, given.validation.samples.samples, SEED)) == found
+        return found
+
     everything = {"loss", "perplexity", "region_iou", "match_auroc", "accuracy", "open_accuracy", "closed_accuracy"}
-    some = setting(tmp_path, base, phantoms, STAGE)
-    assert some.run().keys() == everything
-    no_closed = setting(tmp_path, base, kept("open", lambda s: s.answer_type == "open"), STAGE)
-    assert no_closed.run().keys() <= everything - {"closed_accuracy"}
-    assert "accuracy" in no_closed.run()
-    no_boxes = setting(tmp_path, base, kept("boxes", lambda s: len(s.boxes) != 1), STAGE)
-    assert "region_iou" not in no_boxes.run()
-    boxes_only = setting(tmp_path, base, kept("claims", lambda s: s.question_type == "grounding"), STAGE)
-    found = boxes_only.run()
-    assert "match_auroc" not in found and "region_iou" in found
+    assert names(phantoms) == everything
+    no_closed = names(kept("open", lambda s: s.answer_type == "open"))
+    assert no_closed <= everything - {"closed_accuracy"} and "accuracy" in no_closed
+    assert "region_iou" not in names(kept("boxes", lambda s: len(s.boxes) != 1))
+    boxes_only = names(kept("claims", lambda s: s.question_type == "grounding"))
+    assert "match_auroc" not in boxes_only and "region_iou" in boxes_only
     for name, heads in (("region", {"match": False}), ("match", {"region": False})):
-        one = setting(tmp_path, base, phantoms, STAGE, heads=heads).run()
-        assert {"region_iou", "match_auroc"} & one.keys() == {"region_iou" if name == "region" else "match_auroc"}
-    bare = setting(tmp_path, base, phantoms, STAGE, heads=None, generate_samples=0).run()
-    assert bare.keys() == {"loss", "perplexity"}
+        assert {"region_iou", "match_auroc"} & names(phantoms, heads=heads) == {
+            "region_iou" if name == "region" else "match_auroc"
+        }
+    assert names(phantoms, heads=None, generate_samples=0) == {"loss", "perplexity"}
+
+
+@pytest.mark.parametrize(("tokens", "at_once"), [(8192, 16), (16, 1)])
+def test_prompts_are_answered_together_where_there_is_room(
+    tmp_path: Path, base: Path, phantoms: Path, tokens: int, at_once: int
+) -> None:
+    assert setting(tmp_path, base, phantoms, STAGE, micro_tokens=tokens).validation.at_once == at_once
+
+
+@pytest.mark.parametrize(("where", "doing"), [("engine", "validating"), ("generate", "generating after")])
+def test_out_of_memory_names_the_setting(
+    tmp_path: Path, base: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch, where: str, doing: str
+) -> None:
+    import torch
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    given = setting(tmp_path, base, phantoms, STAGE)
+    if where == "engine":
+        monkeypatch.setattr(type(given.validation.engine), "__call__", full)
+    else:
+        monkeypatch.setattr("medforge.train.validation.generate", full)
+    with pytest.raises(ValueError, match=rf"out of memory while {doing} \d+ tokens .*lower micro_tokens from 8192 to"):
+        given.run()
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path, base: Path, phantoms: Path) -> None:
