@@ -89,6 +89,26 @@ def test_only_what_a_change_reaches_is_done_again(unbroken: Callable[[], Place])
     assert again == {"train-instruct", "merge", "predict-tuned", "evaluate", "gate", "report", "publish"}
 
 
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(unbroken: Callable[[], Place], place: Place) -> None:
+    """From the pipeline's configuration: each stage is launched on two processes (gloo), with the same curves."""
+
+    def curves(of: Place) -> dict[str, list[dict[str, float]]]:
+        first = min(path for path in (of.folder / "runs").iterdir() if not path.is_symlink())
+        files = first.glob("artifacts/*/train-next/adapters/*/stage.json")
+        return {file.parent.name: read_json(file)["curves"] for file in files}
+
+    place.write(parallel={"processes": 2, "strategy": "zero2"})
+    done = place.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone, together = curves(unbroken()), curves(place)
+    assert together.keys() == alone.keys() == {"01-align", "02-instruct"}
+    for name, rows in alone.items():
+        assert [row["step"] for row in together[name]] == [row["step"] for row in rows]
+        for row, other in zip(rows, together[name], strict=True):
+            assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
+
+
 def test_a_damaged_workspace_is_seen_and_done_again(unbroken: Callable[[], Place], place: Place) -> None:
     first = place.run()
     assert first.returncode == 0, first.stdout + first.stderr
