@@ -7,10 +7,11 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 CONFIG ?=
 DATA ?=
 SET ?=
+PORT ?= 8080
 RUN_ARGUMENTS = $(if $(CONFIG),--config '$(CONFIG)') $(if $(DATA),--data '$(DATA)') $(foreach s,$(SET),--set '$(s)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline-run pipeline-compile test test-unit test-integration test-e2e bench lint format constraints clean
+.PHONY: help setup pipeline-run pipeline-compile release serve test test-unit test-integration test-e2e bench lint format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -27,16 +28,28 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[pipeline,train]'
 	@touch $@
 
+$(VENV)/.stamp-serve: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV), with what serves (once)"
+	$(INSTALL) --editable '.[pipeline,train,predictor,gateway]'
+	@touch $@ $(VENV)/.stamp-run
+
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV), with the tools for tests (once)"
-	$(INSTALL) --editable '.[pipeline,train,distributed,dev]'
-	@touch $@ $(VENV)/.stamp-run
+	$(INSTALL) --editable '.[pipeline,train,distributed,predictor,gateway,dev]'
+	@touch $@ $(VENV)/.stamp-run $(VENV)/.stamp-serve
 
 pipeline-run: $(VENV)/.stamp-run ## run the pipeline here: [CONFIG=run.yaml] [DATA=folder or s3://…] [SET="field=value …"]
 	@$(BIN)/python -m pipelines.run $(RUN_ARGUMENTS)
 
 pipeline-compile: $(VENV)/.stamp-run ## compile the pipeline for Kubeflow: [CONFIG=run.yaml] [OUT=dist/retrain.yaml]
 	@$(BIN)/python -m pipelines.compile $(RUN_ARGUMENTS) $(if $(OUT),--out '$(OUT)')
+
+release: $(VENV)/.stamp-run ## let champion name an approved release: TRUSTED=reviewer.pub [RELEASE=candidate]
+	@$(BIN)/python -m pipelines.release $(if $(RELEASE),--release '$(RELEASE)') $(if $(TRUSTED),--trusted $(TRUSTED))
+
+serve: $(VENV)/.stamp-serve ## serve the approved release with its page: [CANDIDATE=1] [RELEASE=…] [TRUSTED=…] [PORT=8080]
+	@$(BIN)/python -m serving.local --port $(PORT) $(if $(CANDIDATE),--candidate) $(if $(RELEASE),--release '$(RELEASE)') \
+	  $(if $(TRUSTED),--trusted $(TRUSTED))
 
 test: $(VENV)/.stamp-dev ## run all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -61,6 +61,7 @@ def build(config: RunConfig) -> Any:
                 base_model=model,
                 adapters=adapters,
                 dataset=data,
+                tuned=answers["tuned"],
                 results=scored,
                 verdict=verdict,
                 html=page,

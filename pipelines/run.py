@@ -8,14 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
-import os
-import shutil
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,12 +19,9 @@ from medforge.config import RunConfig, load_config
 from medforge.files import link_tree, read_json, write_json
 from medforge.workspace import code_version, libraries
 from pipelines.console import Console
+from pipelines.local import RunFailedError, execute, no_child_left, records, store
 
 DEFAULT_CONFIG = "pipelines/configs/phantom.yaml"
-
-
-class RunFailedError(RuntimeError):
-    """A step failed; the message says which and why."""
 
 
 def main() -> int:
@@ -75,9 +67,6 @@ def run(config: RunConfig, runs: Path, root: Path, terminal: Any) -> dict[str, A
     Raises RunFailedError when a step fails, ValueError when this machine cannot run it.
     """
     config = _absolute(config)
-    # kfp's local runner puts its own interpreter in the place of these letters wherever they stand in an argument
-    if "python3" in str(runs):
-        raise ValueError(f"{runs}: the path holds 'python3', which kfp's local runner would rewrite; move the project")
     run_id, folder = _new_folder(config, runs)
     manifest: dict[str, Any] = {
         "run": run_id,
@@ -96,21 +85,29 @@ def run(config: RunConfig, runs: Path, root: Path, terminal: Any) -> dict[str, A
     with contextlib.redirect_stdout(console), contextlib.closing(console):
         print(f"run {run_id}: everything is written to {folder}")
         try:
-            with _store(root, folder), _no_child_left(), console.only_steps():
-                outputs = _run_pipeline(config, folder)
+            with store(root, folder), no_child_left(), console.only_steps():
+                # the escape is the same JSON; it keeps a path in it from being rewritten (see `execute`)
+                given = {"config": config.to_json().replace("python3", "pytho\\u006e3")}
+                outputs = execute(lambda: _build(config), given, folder)
             manifest["status"] = "finished"
         except BaseException:
             manifest["status"] = "failed"
             raise
         finally:
             manifest["seconds"] = round(time.monotonic() - clock, 1)
-            manifest["steps"] = _records(folder)
+            manifest["steps"] = records(folder)
             manifest |= _outcome(manifest["steps"])
             write_json(folder / "run.json", manifest)
             _point_latest(runs, folder)
         _collect(outputs, folder)
         _summary(manifest, folder)
     return manifest
+
+
+def _build(config: RunConfig) -> Any:
+    from pipelines.retrain import build
+
+    return build(config)
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -129,93 +126,6 @@ def _new_folder(config: RunConfig, runs: Path) -> tuple[str, Path]:
             (runs / run_id).mkdir(parents=True)
             return run_id, runs / run_id
     raise RuntimeError(f"{runs}: a hundred runs started in the same second")
-
-
-@contextlib.contextmanager
-def _store(root: Path, folder: Path) -> Iterator[None]:
-    """The environment of the steps: the object store, the workspace, and the run that they belong to."""
-    from medforge.embedded import serve
-    from medforge.storage import is_configured
-
-    steps = {
-        "MEDFORGE_WORKSPACE": str(root / "workspace"),
-        "MEDFORGE_RUN": str(folder),
-        "MEDFORGE_RUN_PID": str(os.getpid()),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONWARNINGS": "ignore::FutureWarning",
-    }
-    before = dict(os.environ)
-    with contextlib.ExitStack() as stack:
-        server = {} if is_configured() else stack.enter_context(serve(root))
-        os.environ.update(steps | server)
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _no_child_left() -> Iterator[None]:
-    """End what the block has started, and all that those started, if it is left by an exception."""
-    import psutil
-
-    before = {child.pid for child in psutil.Process().children()}
-    try:
-        yield
-    except BaseException:
-        started = [child for child in psutil.Process().children() if child.pid not in before]
-        family = [process for child in started for process in [*child.children(recursive=True), child]]
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, alive = psutil.wait_procs(family, timeout=5)
-        for process in alive:
-            process.kill()
-        raise
-
-
-def _run_pipeline(config: RunConfig, folder: Path) -> Path:
-    """Run it by kfp's local runner; returns the folder of the artifacts."""
-    # kfp tells each argument of each step; the run's own lines say what a user wants to know
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from kfp import local
-
-        from pipelines.retrain import build
-
-        artifacts = folder / "artifacts"
-        local.init(
-            runner=local.SubprocessRunner(use_venv=False),
-            pipeline_root=str(artifacts),
-            workspace_root=str(folder / "kfp"),
-            raise_on_error=True,
-            enable_caching=False,
-        )
-        try:
-            # the escape is the same JSON; it keeps a path in it from being rewritten (see `run`)
-            build(config)(config=config.to_json().replace("python3", "pytho\\u006e3"))
-        except RuntimeError as error:
-            raise RunFailedError(_failure(folder) or str(error)) from None
-        finally:
-            logging.disable(logging.NOTSET)
-            shutil.rmtree(folder / "kfp", ignore_errors=True)
-    return artifacts
-
-
-def _failure(folder: Path) -> str | None:
-    for path in sorted(folder.glob("steps/*.error")):
-        error = read_json(path)
-        return f"{error['task']}: {error['error']}\n(the whole log is in {folder / 'log.txt'})"
-    return None
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    """What the steps noted, in the order in which they ended."""
-    paths = sorted((folder / "steps").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    return [read_json(path) for path in paths]
 
 
 def _outcome(steps: list[dict[str, Any]]) -> dict[str, Any]:

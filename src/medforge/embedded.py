@@ -8,7 +8,6 @@ within milliseconds.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import http.client
 import json
 import os
@@ -20,11 +19,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from medforge.files import read_json
+from medforge.lifetime import die_with_parent
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
@@ -112,23 +112,8 @@ def _start(binary: str, folder: Path, access_key: str, secret_key: str, log: Pat
             stdout=stream,
             stderr=stream,
             start_new_session=True,  # Ctrl-C goes to the run, which stops the server when it has put things in order
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
         )
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child runs before rclone: ask Linux for SIGKILL when the thread that started it ends (prctl(2))."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def ask() -> None:
-        prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 is PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the call
-            os._exit(1)
-
-    return ask
 
 
 @contextmanager

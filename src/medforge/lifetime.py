@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +22,24 @@ def end_with_parent() -> None:
     """End this process, from a background thread, as soon as its parent is gone."""
     parent = os.getppid()
     _watch(lambda: os.getppid() == parent)
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """What a child runs before its program (`preexec_fn`): ask for SIGKILL when the thread that started it ends.
+
+    None where the system is not Linux (prctl(2)).
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 is PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(1)
+
+    return ask
 
 
 def _watch(is_wanted: Callable[[], bool]) -> None:

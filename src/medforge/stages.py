@@ -87,6 +87,12 @@ class RefusalConfig(Section):
     answer_zh: str = Field("无法从图像中判断。", min_length=1, description="The same for questions in Chinese.")
 
 
+class VerificationConfig(Section):
+    """Questions whether a proposed answer fits the image: a model without a match head learns to verify in words."""
+
+    share: float = Field(0.25, gt=0, le=2, description="Added questions, as a share of the view's samples; half fit.")
+
+
 class HeadsConfig(Section):
     """The multi-task model: a region head and a match head beside the language loss."""
 
@@ -155,6 +161,9 @@ class StageConfig(Section):
     samples: int | None = Field(None, ge=1, description="Use only this many training samples, chosen by the seed.")
     mix: list[ViewConfig] = Field([], description="Views of the training samples, each with its weight; empty: all.")
     refusals: RefusalConfig | None = Field(None, description="Adds questions that the image cannot answer.")
+    verifications: VerificationConfig | None = Field(
+        None, description="Adds questions whether an answer fits, with right and with wrong answers."
+    )
     max_pixels: int | None = Field(None, ge=1, description="Other than the model's `max_pixels` in this stage.")
     batch_size: int = Field(32, ge=1, description="Samples in an optimizer step, over all devices.")
     batch_tokens: int | None = Field(None, ge=16, description="Tokens in an optimizer step instead of samples.")

@@ -31,7 +31,8 @@ def test_every_configuration_compiles_to_a_sound_spec(path: Path, tmp_path: Path
     default = spec["root"]["inputDefinitions"]["parameters"]["config"]["defaultValue"]
     assert parse_config(default) == config
     tasks = spec["root"]["dag"]["tasks"]
-    assert [name for name in tasks if name.startswith("train")] == ["train-first", "train-next"]
+    names = ["train-first", *(f"train-next{'' if n == 2 else f'-{n - 1}'}" for n in range(2, len(config.stages) + 1))]
+    assert [name for name in tasks if name.startswith("train")] == names
     assert tasks["train-next"]["inputs"]["artifacts"]["before"]["taskOutputArtifact"]["producerTask"] == "train-first"
 
 
@@ -48,8 +49,9 @@ def test_publishing_hangs_on_the_gates_verdict_and_nothing_else_does(tmp_path: P
 
 def test_three_stages_make_three_tasks_in_a_row(tmp_path: Path) -> None:
     config = load_config(CONFIGS[0])
-    third = config.stages[1].model_copy(update={"name": "report"})
-    spec = compiled(config.model_copy(update={"stages": [*config.stages, third]}), tmp_path)
+    first, second, *_ = config.stages
+    third = second.model_copy(update={"name": "report"})
+    spec = compiled(config.model_copy(update={"stages": [first, second, third]}), tmp_path)
     tasks = spec["root"]["dag"]["tasks"]
     merged = tasks["merge"]["inputs"]["artifacts"]["adapters"]["taskOutputArtifact"]["producerTask"]
     before = tasks[merged]["inputs"]["artifacts"]["before"]["taskOutputArtifact"]["producerTask"]

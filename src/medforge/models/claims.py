@@ -19,6 +19,8 @@ from typing import Literal
 
 from medforge.records import BOX_MARK, Sample, Turn
 
+VERIFICATION = "verification"  # the question type of `verifications`
+
 Polarity = Literal["yes", "no", ""]
 
 # Kinds of question whose answer is a value of its own and not the finding under another name: two images of one
@@ -79,6 +81,8 @@ def claimable(sample: Sample) -> bool:
     """Whether the sample's question and answer make a claim: an image, one user turn and after it one assistant turn
     (system turns do not count), and an answer in words, without the mark of a box, which the region head gives."""
     roles = [turn.role for turn in sample.turns if turn.role != "system"]
+    if sample.question_type == VERIFICATION:
+        return False  # it is about a claim already
     return roles == ["user", "assistant"] and bool(sample.images) and not BOX_MARK.search(sample.answer)
 
 
@@ -87,10 +91,51 @@ def claim(sample: Sample, answer: str) -> Sample:
 
     It has no assistant turn, so that nothing the head sees tells which answer is the right one.
     """
-    label = "拟议答案：" if sample.language == "zh" else "Proposed answer: "
     turns = [turn for turn in sample.turns if turn.role != "assistant"]
-    turns[-1] = Turn(turns[-1].role, f"{turns[-1].text.rstrip()}\n{label}{answer.strip()}")
+    turns[-1] = Turn(turns[-1].role, _proposed(turns[-1].text, answer, sample.language))
     return replace(sample, turns=tuple(turns))
+
+
+def _proposed(question: str, answer: str, language: str) -> str:
+    label = "拟议答案：" if language == "zh" else "Proposed answer: "
+    return f"{question.rstrip()}\n{label}{answer.strip()}"
+
+
+def verification(question: str, answer: str, language: str) -> str:
+    """The question whether `answer` fits the image, which a model without a match head is asked, and is taught by
+    `verifications`."""
+    asked = (
+        "拟议答案与图像相符吗？请回答是或否。"
+        if language == "zh"
+        else "Does the proposed answer fit the image? Answer yes or no."
+    )
+    return f"{_proposed(question, answer, language)}\n{asked}"
+
+
+def verifications(samples: Sequence[Sample], share: float, seed: int) -> list[Sample]:
+    """Questions whether an answer fits, to be answered by yes or no: for some of `samples` with their own answer, and
+    with one that is certainly wrong. They are about `share` times as many, as far as wrong answers are known."""
+    wrong = wrong_answers(samples, seed)
+    able = [(sample, answer) for sample, answer in zip(samples, wrong, strict=True) if answer is not None]
+    rng = random.Random(f"{seed} verifications")  # noqa: S311 - no secret
+    chosen = rng.sample(able, min(len(able), max(1, round(share * len(samples) / 2))))
+    return [
+        _verification(sample, proposed, fits) for sample, answer in chosen
+        for proposed, fits in ((sample.answer, True), (answer, False))
+    ]  # fmt: skip
+
+
+def _verification(sample: Sample, answer: str, fits: bool) -> Sample:
+    *before, question = [turn for turn in sample.turns if turn.role != "assistant"]
+    said = ("是" if fits else "否") if sample.language == "zh" else ("yes" if fits else "no")
+    asked = Turn(question.role, verification(question.text, answer, sample.language))
+    return replace(
+        sample,
+        id=f"{sample.id}-{'fits' if fits else 'wrong'}",
+        turns=(*before, asked, Turn("assistant", said)),
+        answer_type="closed",
+        question_type=VERIFICATION,
+    )
 
 
 def opposite(answer: str) -> str | None:

@@ -56,7 +56,7 @@ def publish(
         digest = sha256_bytes(manifest)
         store.ensure_bucket(bucket)
         outcome = _upload(store, bucket, digest, manifest, table, files)
-    return {"release": digest, "outcome": outcome, **_point(store, bucket, channel, digest, now)}
+    return {"release": digest, "outcome": outcome, **point(store, bucket, channel, digest, now)}
 
 
 def _passed_verdict(parts: dict[str, Path]) -> dict[str, Any]:
@@ -115,8 +115,10 @@ def _upload(store: Store, bucket: str, digest: str, manifest: bytes, table: File
     return "completed" if there else "published"
 
 
-def _point(store: Store, bucket: str, channel: str, digest: str, now: datetime) -> dict[str, Any]:
-    """Let the channel name the release; one that does so already stays as it is."""
+def point(store: Store, bucket: str, channel: str, digest: str, now: datetime) -> dict[str, Any]:
+    """Let the channel name the release; one that does so already stays as it is. ValueError for a bad name."""
+    if not re.fullmatch(NAME, channel):
+        raise ValueError(f"{channel!r} is no channel name: lower-case letters, digits and hyphens are")
     before = read_channel(store, bucket, channel)
     if before is None or before["release"] != digest:
         stamp = now.astimezone(timezone.utc).isoformat(timespec="seconds")

@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,16 +53,21 @@ def key_id(key: Ed25519PublicKey) -> str:
 
 def load_public_key(path: Path) -> Ed25519PublicKey:
     """The public key in a PEM file; ValueError if it is none, or a private one."""
+    return public_key(_read(path), str(path))
+
+
+def public_key(pem: bytes, where: str) -> Ed25519PublicKey:
+    """The public key in a PEM text that stands in `where`; ValueError if it is none, or a private one."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
-        key = load_pem_public_key(_read(path))
+        key = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm):
-        raise ValueError(f"{path}: is not a public key; give the .pub that `medforge signing-key` wrote") from None
+        raise ValueError(f"{where}: is not a public key; give the .pub that `medforge signing-key` wrote") from None
     if not isinstance(key, Ed25519PublicKey):
-        raise ValueError(f"{path}: is a key of another kind; `medforge signing-key` makes Ed25519 keys")
+        raise ValueError(f"{where}: is a key of another kind; `medforge signing-key` makes Ed25519 keys")
     return key
 
 
@@ -172,11 +177,19 @@ def approvals(store: Store, bucket: str, digest: str, trusted: Sequence[Ed25519P
     a trusted key approved, else `untrusted` if only other keys signed, else `unsigned`.
     """
     manifest = read_manifest(store, bucket, digest)
+    entries = store.list(bucket, f"releases/{digest}/{SIGNATURES}")
+    documents = ((entry.key.rpartition("/")[2], store.get(bucket, entry.key)) for entry in entries)
+    status, rows = judge_signatures(documents, digest, manifest, trusted)
+    return {"release": digest, "status": status, "signatures": rows}
+
+
+def judge_signatures(
+    documents: Iterable[tuple[str, bytes]], digest: str, manifest: dict[str, Any], trusted: Sequence[Ed25519PublicKey]
+) -> tuple[Status, list[dict[str, Any]]]:
+    """What signature documents, as (file name, bytes), decide: the status and the rows that `approvals` tells of."""
     known = {base64.b64encode(key.public_bytes_raw()).decode() for key in trusted}
-    rows = []
-    for entry in store.list(bucket, f"releases/{digest}/{SIGNATURES}"):
-        name = entry.key.rpartition("/")[2]
-        data = store.get(bucket, entry.key)
+    rows: list[dict[str, Any]] = []
+    for name, data in documents:
         if why := check_signature(data, name, digest, manifest):
             rows.append({"name": name, "status": "bad", "why": why, "payload": None})
             continue
@@ -188,11 +201,7 @@ def approvals(store: Store, bucket: str, digest: str, trusted: Sequence[Ed25519P
         rows.append({"name": name, "status": status, "why": "", "payload": payload})
     found = {row["status"] for row in rows}
     order: tuple[Status, ...] = ("refused", "bad", "approved", "untrusted")
-    return {
-        "release": digest,
-        "status": next((status for status in order if status in found), "unsigned"),
-        "signatures": rows,
-    }
+    return next((status for status in order if status in found), "unsigned"), rows
 
 
 def is_approved(store: Store, bucket: str, digest: str, trusted: Sequence[Ed25519PublicKey]) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from medforge.dataset import Dataset, choose
 from medforge.files import sha256_bytes
+from medforge.models.claims import verifications
 from medforge.models.encode import Encoded, Encoder, Seen
 from medforge.models.rows import Item
 from medforge.records import BOX_MARK, ImageRef, Sample, Turn
@@ -172,6 +173,14 @@ def select(dataset: Dataset, split: str, stage: StageConfig, seed: int) -> tuple
     shares = [weights[index] for index in kept]
     if stage.refusals is not None and split == "train":
         added = refusals(samples, stage.refusals, seed, f"stage {stage.name!r}: ")
+        samples, shares = samples + added, shares + [1.0] * len(added)
+    if stage.verifications is not None and split == "train":
+        added = verifications([everything[index] for index in kept], stage.verifications.share, seed)
+        if not added:
+            raise ValueError(
+                f"stage {stage.name!r}: verifications: no wrong answer is known for certain for any of the {len(kept)} "
+                "training samples; leave it out"
+            )
         samples, shares = samples + added, shares + [1.0] * len(added)
     return samples, shares
 

@@ -331,3 +331,28 @@ def test_many_threads_may_share_it() -> None:
         thread.join()
     assert not wrong
     assert held.held == 5 * len(held) <= 50
+
+
+# --- verifications
+
+
+def test_a_stage_takes_its_verifications_besides_its_samples(dataset: Dataset) -> None:
+    config = stage(verifications={"share": 0.5}, refusals={"share": 0.25})
+    samples, weights = select(dataset, "train", config, 0)
+    plain, _ = select(dataset, "train", config.model_copy(update={"verifications": None}), 0)
+    assert samples[: len(plain)] == plain
+    added = samples[len(plain) :]
+    whole = len(dataset.samples("train"))
+    assert len(added) == 2 * round(0.5 * whole / 2)  # of the samples, not of the refusals
+    assert {item.question_type for item in added} == {"verification"}
+    assert weights[len(plain) :] == [1.0] * len(added)
+    held_out, _ = select(dataset, "validation", config, 0)
+    assert "verification" not in {item.question_type for item in held_out}
+
+
+def test_the_stage_is_named_where_no_answer_is_certainly_wrong(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "samples", lambda _: [asked(1)])
+    with pytest.raises(ValueError, match="stage 'say': verifications: no wrong answer is known for certain for any"):
+        select(dataset, "train", stage(verifications={}), 0)

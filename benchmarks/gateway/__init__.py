@@ -1,0 +1,1 @@
+"""What the gateway costs a request, against a plain proxy and LiteLLM's."""

@@ -1,0 +1,124 @@
+"""What was measured: a row for each contender, what it adds to the upstream's own time, the table and the last line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from benchmarks.gateway.servers import DIRECT, NAME, PLAIN
+
+
+@dataclass
+class Row:
+    """One contender; each list holds a figure for each repeat. A row with an `error` has no figures.
+
+    `p50_ms`, `p99_ms`: latency over one connection. `per_second`, `crowd_p99_ms`, `cpu_ms` (processor time of the
+    server for a request): over all connections. `memory_bytes`: resident after that.
+    """
+
+    contender: str
+    p50_ms: list[float] = field(default_factory=list)
+    p99_ms: list[float] = field(default_factory=list)
+    per_second: list[float] = field(default_factory=list)
+    crowd_p99_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    memory_bytes: list[int] = field(default_factory=list)
+    error: str | None = None
+
+    def middle(self, name: str) -> float | None:
+        """The median of a list of figures; None where there is an error or none."""
+        figures: list[float] = getattr(self, name)
+        return median(figures) if figures and not self.error else None
+
+
+def find(rows: Sequence[Row], contender: str) -> Row | None:
+    """The row of a contender."""
+    return next((row for row in rows if row.contender == contender), None)
+
+
+def added(row: Row, rows: Sequence[Row], name: str) -> float | None:
+    """How much more a row's latency is than the upstream's own, in milliseconds.
+
+    The percentiles of both are taken apart: the difference of two 99th percentiles, not the 99th of differences.
+    """
+    direct = find(rows, DIRECT)
+    ours, theirs = row.middle(name), direct.middle(name) if direct else None
+    return None if ours is None or theirs is None or row is direct else ours - theirs
+
+
+def share(row: Row, rows: Sequence[Row]) -> float | None:
+    """A row's throughput as a share of the upstream's own."""
+    direct = find(rows, DIRECT)
+    ours, theirs = row.middle("per_second"), direct.middle("per_second") if direct else None
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def ratio(rows: Sequence[Row], peer: str) -> float | None:
+    """How many times a peer's throughput MedForge's gateway has; None where one of them was not measured."""
+    ours, theirs = find(rows, NAME), find(rows, peer)
+    first, second = ours.middle("per_second") if ours else None, theirs.middle("per_second") if theirs else None
+    return first / second if first and second else None
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The last line: MedForge's throughput over the plain proxy's, or why there is no such ratio."""
+    found = ratio(rows, PLAIN)
+    if found is not None:
+        return f"gateway: ratio {found:.2f} over {PLAIN}"
+    missing = [name for name in (NAME, PLAIN) if (row := find(rows, name)) is None or row.middle("per_second") is None]
+    return f"gateway: no ratio, as {' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not measured"
+
+
+def table(rows: Sequence[Row], connections: int) -> str:
+    """The rows as text. Latencies over one connection, the rest over `connections`."""
+    head = (
+        "contender", "p50 ms", "p99 ms", "added p50", "added p99", f"requests/s ({connections})", "of direct",
+        f"p99 ms ({connections})", "CPU ms", "MiB",
+    )  # fmt: skip
+    lines: list[tuple[str, ...]] = [head]
+    for row in rows:
+        memory = row.middle("memory_bytes")
+        figures: tuple[tuple[float | None, int], ...] = (
+            (row.middle("p50_ms"), 2),
+            (row.middle("p99_ms"), 2),
+            (added(row, rows, "p50_ms"), 2),
+            (added(row, rows, "p99_ms"), 2),
+            (row.middle("per_second"), 0),
+            (share(row, rows), 2),
+            (row.middle("crowd_p99_ms"), 1),
+            (row.middle("cpu_ms"), 2),
+            (memory and memory / 2**20, 0),
+        )
+        lines.append((row.contender, *(_number(value, digits) for value, digits in figures)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = [
+        "  ".join(f"{cell:{'>' if column else '<'}{widths[column]}}" for column, cell in enumerate(line))
+        for line in lines
+    ]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text + [f"error: {row.contender}: {row.error}" for row in rows if row.error])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def document(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
+    """All of it for a JSON file: `about` (command, machine, versions, work), the rows with medians, the last line."""
+    made = [
+        asdict(row)
+        | {
+            "medians": {name: row.middle(name) for name in _FIGURES},
+            "added_p50_ms": added(row, rows, "p50_ms"),
+            "added_p99_ms": added(row, rows, "p99_ms"),
+            "share_of_direct": share(row, rows),
+            "ratio": ratio(rows, row.contender),
+        }
+        for row in rows
+    ]
+    return {**about, "results": made, "headline": headline(rows)}
+
+
+_FIGURES = ("p50_ms", "p99_ms", "per_second", "crowd_p99_ms", "cpu_ms", "memory_bytes")

@@ -1,0 +1,73 @@
+"""The release pipeline: is the release approved, and then the one that is served.
+
+    python -m pipelines.release [--release candidate] [--channel champion] --trusted FILE.pub …
+
+A person's decision stands between this and the retraining pipeline: `medforge approve`.
+"""
+# No `from __future__ import annotations` here: kfp reads the annotations as types.
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+from kfp import dsl
+
+from components.approved.component import approved
+from components.promote.component import promote
+
+NAME = "medforge-release"
+
+
+@dsl.pipeline(name=NAME, description="Check that a release is approved, and let the channel of what is served name it.")
+def release(release: str = "candidate", bucket: str = "medforge", channel: str = "champion") -> None:
+    """`release` is a digest, the beginning of one, or a channel."""
+    checked = approved(release=release, bucket=bucket).set_display_name("approved?")
+    promote(release=checked.outputs["Output"], bucket=bucket, channel=channel)
+
+
+def main() -> int:
+    """Run it on this machine. Returns 0 when the channel names the release, else 1 or 130."""
+    from medforge.release.promote import TRUSTED_KEYS, read_keys
+    from pipelines.console import Console
+    from pipelines.local import RunFailedError, execute, no_child_left, records, store
+
+    parser = argparse.ArgumentParser(prog="python -m pipelines.release", description=__doc__)
+    parser.add_argument("--release", default="candidate", help="digest, 6 or more of its characters, or channel")
+    parser.add_argument("--bucket", default="medforge", help="bucket of the releases (default medforge)")
+    parser.add_argument("--channel", default="champion", help="the channel of what is served (default champion)")
+    parser.add_argument("--trusted", type=Path, nargs="+", default=[], metavar="FILE.pub", help="reviewers' keys")
+    parser.add_argument("--runs", default="runs", help="where runs are written (default runs)")
+    parser.add_argument("--root", default=".medforge", help="embedded store and workspace (default .medforge)")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    folder = Path(arguments.runs).resolve() / f"release-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"
+    given = {"release": arguments.release, "bucket": arguments.bucket, "channel": arguments.channel}
+    try:
+        if arguments.trusted:
+            os.environ[TRUSTED_KEYS] = read_keys(arguments.trusted)
+        folder.mkdir(parents=True)
+        console = Console(folder / "log.txt", sys.stdout)
+        with (
+            contextlib.redirect_stdout(console),
+            contextlib.closing(console),
+            store(Path(arguments.root).resolve(), folder),
+            no_child_left(),
+            console.only_steps(),
+        ):
+            execute(lambda: release, given, folder)
+        done = next(step["values"] for step in records(folder) if step["task"] == "promote")
+        print(f"{done['channel']}: {done['release']} (before: {done['previous'] or 'none'})")
+    except (ValueError, OSError, RunFailedError) as error:
+        print(f"release: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

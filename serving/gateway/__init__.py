@@ -1,0 +1,1 @@
+"""The gateway: what hospital systems and readers call. It holds no model and imports no torch."""

@@ -1,0 +1,101 @@
+"""The gateway's application: its parts put together, its routes, and what surrounds them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from medforge import __version__, apikeys, reference
+from medforge.audit import AuditLog
+from serving.gateway import chat, diagnose, documentation, feedback, health, jobs, page, releases
+from serving.gateway.admission import Admission
+from serving.gateway.authentication import Authentication
+from serving.gateway.context import Traffic, exchange_of
+from serving.gateway.database import Database
+from serving.gateway.drift import Drift
+from serving.gateway.limits import Limits
+from serving.gateway.metrics import Metrics
+from serving.gateway.middleware import Envelope, route_of, translate
+from serving.gateway.oidc import Oidc
+from serving.gateway.parts import Parts
+from serving.gateway.settings import Settings
+from serving.gateway.upstream import Upstreams
+
+_OTHERS = 64  # requests that are open beside those that wait for a model: lists, feedback, bodies that come in
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Files and connections are opened when its lifespan begins; `app.state.parts` is there then."""
+    metrics = Metrics()
+    app = FastAPI(
+        title="MedForge gateway",
+        version=__version__,
+        lifespan=partial(_lifespan, settings, metrics),
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
+        root_path=settings.root_path,
+        redirect_slashes=False,
+        # FastAPI's own would send exceptions with their messages, which may hold what a caller sent
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.state.traffic = Traffic(settings.concurrency + settings.queue + _OTHERS)
+    app.add_middleware(Envelope, settings=settings, metrics=metrics, traffic=app.state.traffic)
+    for kind in (RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _explain)
+    app.router.routes.append(chat.ROUTE)
+    for module in (health, releases, chat, diagnose, jobs, feedback, page):
+        app.include_router(module.router())
+    app.openapi = partial(documentation.describe, app)  # type: ignore[method-assign]
+    return app
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    """What FastAPI and Starlette raise, in the gateway's own shape."""
+    told = translate(error)
+    exchange = exchange_of(request.scope)
+    exchange.error = told.code
+    own: Mapping[str, str] = getattr(error, "headers", None) or {}
+    headers = {name.lower(): value for name, value in own.items()} | dict(told.headers())
+    if told.status == 405 and (allowed := documentation.methods(request.app, route_of(request.scope))):
+        headers["allow"] = allowed  # the router names the methods of the first route at this path only
+    return Response(told.encode(exchange.request_id), told.status, headers, "application/json")
+
+
+@asynccontextmanager
+async def _lifespan(settings: Settings, metrics: Metrics, app: FastAPI) -> AsyncIterator[None]:
+    """Open the parts in the order in which they need each other, and close them the other way round."""
+    async with AsyncExitStack() as stack:
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        database = Database(settings.database_url)
+        stack.callback(database.close)
+        database.create()
+        apikeys.create(database.engine)
+        audit = AuditLog(settings.data_dir / "audit", fsync=settings.audit_fsync)
+        stack.callback(audit.close)
+        oidc = Oidc(settings) if settings.oidc_issuer else None
+        if oidc is not None:
+            stack.push_async_callback(oidc.close)
+        upstreams = Upstreams(settings, metrics)
+        stack.push_async_callback(upstreams.close)
+        limits = Limits(settings, metrics)
+        stack.push_async_callback(limits.close)
+        app.state.parts = parts = Parts(
+            settings=settings,
+            metrics=metrics,
+            authentication=Authentication(settings, database.engine, oidc),
+            limits=limits,
+            admission=Admission(settings, metrics),
+            upstreams=upstreams,
+            database=database,
+            audit=audit,
+            drift=Drift(reference.load(settings.reference) if settings.reference else None, metrics),
+        )
+        await upstreams.start()
+        await stack.enter_async_context(jobs.working(parts))
+        yield

@@ -1,0 +1,63 @@
+"""/livez (the process), /readyz (what it needs), /metrics: for the platform, without authentication or limits."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.responses import JSONResponse
+
+from serving.gateway.errors import GatewayError
+from serving.gateway.parts import Parts
+
+_DATABASE_SECONDS = 2.0
+
+
+def router() -> APIRouter:
+    """The routes."""
+    made = APIRouter(tags=["health"])
+
+    @made.get("/livez", summary="Whether the process answers")
+    async def livez() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @made.get("/readyz", summary="Whether requests can be answered", responses={503: {"description": "Not ready"}})
+    async def readyz(request: Request) -> JSONResponse:
+        """`reasons` says what is wanting; the candidate's state is told, and does not count."""
+        reasons, told = await readiness(request.app.state.parts)
+        return JSONResponse({"ready": not reasons, "reasons": reasons, **told}, 503 if reasons else 200)
+
+    @made.get("/metrics", summary="Prometheus metrics", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        return Response(request.app.state.parts.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return made
+
+
+async def readiness(parts: Parts) -> tuple[list[str], dict[str, Any]]:
+    """Why requests cannot be answered (nothing if they can), and the upstreams' states."""
+    reasons = ["draining"] if parts.draining else []
+    upstreams = {}
+    for track in ("stable", "candidate") if parts.settings.candidate else ("stable",):
+        upstream = parts.upstreams.get(track)
+        upstreams[track] = {
+            "ready": upstream.ready,
+            "circuit": upstream.breaker.state,
+            "release": upstream.release.digest,
+            "reason": upstream.problem,
+        }
+        if track == "stable" and upstream.problem:
+            reasons.append(f"the stable upstream {upstream.problem}")
+    if not await _database_answers(parts):
+        reasons.append("the database does not answer")
+    return reasons, {"upstreams": upstreams}
+
+
+async def _database_answers(parts: Parts) -> bool:
+    """Whether it does, in time."""
+    try:
+        await asyncio.wait_for(parts.database.ping(), _DATABASE_SECONDS)
+    except (GatewayError, asyncio.TimeoutError):
+        return False
+    return True
