@@ -1,4 +1,4 @@
-"""`make serve` as a user meets it: a store, an approval, a page, a key, answers; and what it says when one is missing."""
+"""`make serve` as a user meets it: a store, an approval, a page, a key, answers; and what it says if one is missing."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_release_is_served_and_asked_in_every_way(
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 3  # store, predictor, gateway
     assert sum(chain.rows for chain in verify_files(root / "gateway" / "audit", None)) >= 4
-    gone, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     assert process.returncode == 143
     with served(root) as (_, again, _):
