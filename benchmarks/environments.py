@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medforge.files import sha256_json, write_atomic
 
@@ -80,6 +82,20 @@ class Environment:
                 raise ValueError(f"{self.name} cannot be installed, see {ran.log}: {ran.tail()}")
         mark.touch()
         return python
+
+
+def machine() -> dict[str, Any]:
+    """The machine, as far as it decides speed."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or None,
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
 
 
 def versions(python: Path, packages: Sequence[str]) -> dict[str, str | None]:

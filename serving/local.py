@@ -24,7 +24,7 @@ from pathlib import Path
 
 from medforge import apikeys, embedded
 from medforge.files import write_atomic
-from medforge.lifetime import die_with_parent
+from medforge.lifetime import die_with_parent, stop
 from medforge.release.promote import newest_approved, read_keys, trusted_keys
 from medforge.release.publish import read_manifest, resolve
 from medforge.s3 import is_configured, read_endpoint
@@ -228,12 +228,7 @@ def _running(name: str, command: Sequence[str], environment: dict[str, str], roo
     try:
         yield Child(name, process, log)
     finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process, _STOP_SECONDS)
 
 
 def _wait(child: Child, url: str, all_of: Sequence[Child]) -> None:

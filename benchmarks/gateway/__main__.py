@@ -14,8 +14,6 @@ contenders, so that a slow spell of the machine meets all of them; medians count
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shlex
 import shutil
 import sys
@@ -23,9 +21,8 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.environments import only_one, versions
+from benchmarks.environments import machine, only_one, versions
 from benchmarks.gateway import load, report, servers
 from benchmarks.gateway.measure import QUICK, Bench, Work, measure
 from benchmarks.gateway.servers import DIRECT, LITELLM, NAME, PACKAGES, PEERS, PLAIN, ROOT
@@ -118,20 +115,6 @@ def enter(only: str | None, cache: Path) -> tuple[list[report.Row], Starters, di
             starters[row.contender] = partial(peers[row.contender], python)
             found[row.contender] = versions(python, PACKAGES[row.contender])
     return rows, starters, found
-
-
-def machine() -> dict[str, Any]:
-    """The machine, as far as it decides speed."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or None,
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

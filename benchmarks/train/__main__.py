@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
-import platform
 import shlex
 import shutil
 import sys
@@ -29,7 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.environments import only_one, versions
+from benchmarks.environments import machine, only_one, versions
 from benchmarks.train import data, measure, medforge_side, report
 from benchmarks.train.loss import losses
 from benchmarks.train.model import QWEN, Shape, build
@@ -73,7 +71,7 @@ def compare(options: argparse.Namespace, work: Work, cache: Path, given: list[st
         "benchmark": "train",
         "command": shlex.join(["python", "-m", "benchmarks.train", *given]),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(work.threads),
+        "machine": machine() | {"threads": work.threads},
         "versions": found_versions,
         **place[1],
         "loss_before_training": base,
@@ -168,21 +166,6 @@ def alone(function: Callable[..., T], *arguments: Any) -> T:
     """`function` in a process of its own: torch's memory in this one would count as every run's (environments.Ran)."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """The machine, as far as it decides speed."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or None,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

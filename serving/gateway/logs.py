@@ -57,6 +57,9 @@ def configure(level: str) -> None:
     )
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Formatter())
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):  # whoever imported it may have given it its own
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     logging.basicConfig(level=max(logging.getLevelName(level), logging.INFO), handlers=[handler], force=True)
 
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from medforge.files import read_json
-from medforge.lifetime import die_with_parent
+from medforge.lifetime import die_with_parent, stop
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
@@ -53,12 +53,7 @@ def serve(root: Path = Path(".medforge")) -> Iterator[dict[str, str]]:
                 "MEDFORGE_S3_SECURE": "false",
             }
     finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process, _STOP_SECONDS)
         atexit.unregister(process.kill)
 
 

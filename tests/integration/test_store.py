@@ -268,7 +268,12 @@ def test_the_server_ends_with_its_process_however_that_ends(tmp_path: Path, end:
         pytest.skip("only Linux tells a child that its parent was killed")
     how = end if end in ("normal", "raise") else "wait"
     process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path), how], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", CHILD, str(tmp_path), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # a shell that starts this in the background makes SIGINT ignored, which children inherit
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
