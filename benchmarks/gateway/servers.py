@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -113,6 +114,7 @@ def litellm(python: Path, place: Place) -> Launch:
 def gateway(place: Place) -> Launch:
     """MedForge's gateway as it comes, but for limits that the load would reach: keys, image checks, audit, metrics."""
     data = place.folder / "data"
+    shutil.rmtree(data, ignore_errors=True)  # of the round before
     settings = {
         "PORT": str(place.port),
         "STABLE": place.upstream,
