@@ -263,9 +263,9 @@ def _tell(url: str, digest: str, candidate: bool, key: str, root: Path) -> None:
     print(f"\nserving release {digest[:12]} ({state})")
     print(f"page:    {url}/")
     print(f"key:     {key}")
-    print(f"ask:     medforge ask {image} 'Where is the bright spot?'")
-    print(f"curl:    curl -H 'Authorization: Bearer {key}' -F image=@{image} -F question='Which modality is this?' \\")
-    print(f"           {url}/v1/diagnose")
+    print(f"ask:     medforge ask {image} 'Where is the lesion?'")
+    print(f"curl:    curl -H 'Authorization: Bearer {key}' -F image=@{image} \\")
+    print(f"           -F question='What imaging modality is this?' {url}/v1/diagnose")
     print("Ctrl-C stops it.", flush=True)
 
 
