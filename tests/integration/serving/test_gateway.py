@@ -261,7 +261,9 @@ def test_ten_times_the_load_and_a_predictor_that_dies_under_it(
         assert {status for status, _ in seen} <= {200, 429, 502, 503}
         assert sum(status == 200 for status, _ in seen) > 20
         assert any(status == 503 for status, _ in seen)
-        assert most - at_first < 200e6, f"{(most - at_first) / 1e6:.0f} MB more"
+        # 40 bodies, a few copies of each on its way, and what the allocator keeps of them; several thousand were sent
+        assert most - at_first < 350e6, f"{(most - at_first) / 1e6:.0f} MB more"
+        assert len(seen) * len(sent) > 2 * 350e6, f"only {len(seen)} requests: too few to show that memory is bounded"
 
         def well() -> bool:
             return client.post(process.url + PATH, content=sent).status_code == 200
