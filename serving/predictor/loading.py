@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +29,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_DOWNLOAD = "import sys; from kserve_storage import Storage; Storage.download(sys.argv[1], sys.argv[2])"
 
 
 @dataclass(frozen=True)
@@ -83,18 +88,25 @@ def obtain(place: str, digest: str | None, trusted: Sequence[Path], allow_unsign
 
 
 def _download(address: str, work: Path) -> Path:
-    from kserve_storage import Storage
-
     if not address.startswith("s3://"):
         raise ValueError(f"{address}: releases are downloaded from s3:// only")
     target = Path(tempfile.mkdtemp(dir=work, prefix="release-"))
+    # without the slash a prefix also brings what only begins like it
+    command = [sys.executable, "-c", _DOWNLOAD, f"{address.rstrip('/')}/", str(target)]
+    # It forks a pool, and ends it by SIGTERM: with our handler of SIGTERM such a child can miss it, and both wait
+    # for ever. So it gets a process of its own, with its own group.
+    process = subprocess.Popen(  # noqa: S603  our own program
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        # without the slash a prefix also brings what only begins like it
-        Storage.download(f"{address.rstrip('/')}/", str(target))
-    except Exception as error:  # its client's errors have no common class
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{address}: cannot be downloaded: {type(error).__name__}: {reason}; check AWS_ENDPOINT_URL "
-                         "and the keys") from error  # fmt: skip
+        _, told = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if process.returncode:
+        reason = " ".join((told.strip().splitlines() or [f"ended with {process.returncode}"])[-1].split())[:300]
+        raise ValueError(f"{address}: cannot be downloaded: {reason}; check AWS_ENDPOINT_URL and the keys")
     return target
 
 

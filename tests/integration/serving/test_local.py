@@ -76,7 +76,8 @@ def served(root: Path, *words: str) -> Iterator[tuple[str, str, subprocess.Popen
             said.append(line)
             if line.startswith("Ctrl-C"):
                 break
-        key = next(line.split()[1] for line in said if line.startswith("key:"))
+        key = next((line.split()[1] for line in said if line.startswith("key:")), "")
+        assert key, "".join(said)
         yield f"http://127.0.0.1:{port}", key, process
     finally:
         process.terminate()
@@ -178,10 +179,7 @@ def test_a_release_that_was_changed_is_not_served(root: Path, tmp_path: Path) ->
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    try:
-        told = refused(copy)
-    except subprocess.TimeoutExpired:  # seen once in four runs: the predictor hung before its first line; unexplained
-        told = refused(copy)
+    told = refused(copy)
     assert "predictor ended with 1" in told and "model.safetensors" in told
 
 
