@@ -44,8 +44,14 @@ def create_app(settings: Settings) -> FastAPI:
         # FastAPI's own would send exceptions with their messages, which may hold what a caller sent
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.state.traffic = Traffic(settings.concurrency + settings.queue + _OTHERS)
-    app.add_middleware(Envelope, settings=settings, metrics=metrics, traffic=app.state.traffic)
+    app.state.traffic = traffic = Traffic(settings.concurrency + settings.queue + _OTHERS)
+    app.add_middleware(
+        Envelope,
+        settings=settings,
+        metrics=metrics,
+        traffic=traffic,
+        hot={f"{settings.root_path}{chat.PATH}": chat.CHAT},
+    )
     for kind in (RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _explain)
     app.router.routes.append(chat.ROUTE)

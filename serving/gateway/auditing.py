@@ -6,6 +6,7 @@ The row is on the disk before the answer goes out; where it cannot be written, t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from serving.gateway.errors import GatewayError
@@ -20,14 +21,14 @@ async def record(
     status: int,
     release: str | None,
     track: str | None,
-    inputs: str | None,
-    outputs: str | None,
+    inputs: str | bytes | None,
+    outputs: str | bytes | None,
     decision: str | None = None,
     reason: str | None = None,
 ) -> None:
     """Write the row of an answer, and let feedback refer to it if it is one.
 
-    `inputs` and `outputs` are the SHA-256 of the request's body and of the answer. GatewayError 503 if it cannot be
+    `inputs` and `outputs` are the request's body and the answer, or their SHA-256. GatewayError 503 if it cannot be
     written. A caller that hangs up meanwhile does not undo it.
     """
     await note(
@@ -39,7 +40,7 @@ async def record(
         parts.database.answered.note(row | {"track": track, "decision": decision, "at": time.time()})
 
 
-async def note(parts: Parts, context: Context, route: str, **entry: str | int | None) -> None:
+async def note(parts: Parts, context: Context, route: str, **entry: str | bytes | int | None) -> None:
     """Write the row of a request that is no answer of a model: a job that was sent, a reader's verdict."""
     known = {
         "request_id": context.request_id,
@@ -47,8 +48,24 @@ async def note(parts: Parts, context: Context, route: str, **entry: str | int | 
         "client": context.caller.kind,
         "route": route,
     }
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(outcome: str | Exception) -> None:
+        if done.done():  # the caller has hung up; the row is kept
+            return
+        if isinstance(outcome, Exception):
+            done.set_exception(outcome)
+        else:
+            done.set_result(None)
+
+    def told(outcome: str | Exception) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, outcome)
+
     try:
-        await asyncio.shield(asyncio.wrap_future(parts.audit.submit(known | entry)))
+        parts.audit.submit(known | entry, told)
+        await done
     except OSError as error:
         message = "The audit log cannot be written, so nothing is answered; the operator has to look after it"
         raise GatewayError(503, "audit-unavailable", message, None, 30) from error

@@ -9,7 +9,6 @@ headers tell.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import Coroutine
@@ -124,19 +123,32 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
     The request's body has to be read before: what `receive` says from then on is only that the client has gone.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
+    here, hung_up = asyncio.current_task(), False
+    assert here is not None, "requests are tasks"
+
+    def leave(watch: asyncio.Task[None]) -> None:
+        nonlocal hung_up
+        if not watch.cancelled():
+            watch.exception()  # a server that fails to say more has lost the client too
+            hung_up = True
+            here.cancel()
+
+    watch = asyncio.ensure_future(_gone(receive))
+    watch.add_done_callback(leave)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if not hung_up or _cancelled_again(here):
+            raise
+        raise ClientGone from None
     finally:
-        for one in (task, gone):
-            if not one.done():
-                one.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):  # what it was at matters no longer
-                    await one
+        watch.remove_done_callback(leave)
+        watch.cancel()
+
+
+def _cancelled_again(task: asyncio.Task[Any]) -> bool:
+    """Take one cancellation back; whether somebody else has asked for another. Before Python 3.11 that is unknown."""
+    return hasattr(task, "uncancel") and task.uncancel() > 0
 
 
 async def _gone(receive: Receive) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +24,15 @@ from serving.gateway.logs import logger, place
 from serving.gateway.metrics import Metrics
 from serving.gateway.settings import Settings
 
+if sys.version_info >= (3, 11):
+    from asyncio import timeout  # asyncio.wait_for makes a task for each piece of a body
+else:
+    from async_timeout import timeout
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 HEALTH = frozenset({"/livez", "/readyz", "/metrics"})
 CLIENT_GONE = 499  # what nginx calls it; it is seen in logs and metrics only
+_NONE: Mapping[str, ASGIApp] = {}
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 32 << 20
 
 SECURITY = (
@@ -56,10 +64,15 @@ class _Wire:
 
 
 class Envelope:
-    """Wraps every request. `traffic` is shared with the server, which waits for the open ones when it drains."""
+    """Wraps every request. `traffic` is shared with the server, which waits for the open ones when it drains.
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic) -> None:
-        self.app, self.settings, self.metrics, self.traffic = app, settings, metrics, traffic
+    `hot` are the apps of paths that need nothing of FastAPI: they are called at once, past its own layers and routes.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic, hot: Mapping[str, ASGIApp] = _NONE
+    ) -> None:
+        self.app, self.settings, self.metrics, self.traffic, self.hot = app, settings, metrics, traffic, hot
         self._hosts = frozenset(host.lower() for host in settings.allowed_hosts)
         self._security = [(name.encode(), value.encode()) for name, value in SECURITY]
         if settings.environment == "production":
@@ -95,7 +108,8 @@ class Envelope:
         try:
             if not health:
                 self._check(scope, headers, wire)
-            await self.app(scope, receive, send)
+            hot = self.hot.get(scope["path"]) if scope["method"] == "POST" else None
+            await (hot or self.app)(scope, receive, send)
         except GatewayError as error:
             await self._refuse(wire, send, error)
         except ClientGone:
@@ -222,8 +236,8 @@ async def _receive(wire: _Wire) -> Message:
     if wire.whole:
         return await wire.receive()
     try:
-        left = max(0.0, wire.exchange.deadline - time.monotonic())
-        message = await asyncio.wait_for(wire.receive(), left)
+        async with timeout(max(0.0, wire.exchange.deadline - time.monotonic())):
+            message = await wire.receive()
     except asyncio.TimeoutError:
         raise GatewayError(408, "body-too-slow", "The request's body did not come in time") from None
     if message["type"] == "http.disconnect":
@@ -241,7 +255,8 @@ async def _linger(wire: _Wire) -> None:
     until, more = time.monotonic() + _LINGER_SECONDS, _LINGER_BYTES
     while more > 0 and (left := until - time.monotonic()) > 0:
         try:
-            message = await asyncio.wait_for(wire.receive(), left)
+            async with timeout(left):
+                message = await wire.receive()
         except asyncio.TimeoutError:
             return
         if message["type"] == "http.disconnect" or not message.get("more_body", False):

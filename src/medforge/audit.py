@@ -22,7 +22,7 @@ import queue
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -36,9 +36,10 @@ FIELDS = frozenset(
 )
 START = "0" * 64
 _NAME = re.compile(r"[!-~]{1,200}")  # printable, without white space: a name or a digest, never a sentence
+_DIGESTS = frozenset({"inputs", "outputs"})
 _TAIL = 1 << 20  # bytes at a file's end in which its last row is looked for; a row has less than 4 KiB
 _BATCH = 512
-_Line = tuple[bytes, dict[str, Any]]
+Told = Callable[[str | Exception], None]
 
 
 def _now() -> datetime:
@@ -66,26 +67,34 @@ class AuditLog:
             raise
         self._closing = threading.Lock()
         self._closed = False
-        self._waiting: queue.SimpleQueue[tuple[dict[str, Any], Future[str]] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[dict[str, Any], Told] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._work, name="audit", daemon=True)
         self._writer.start()
 
     def append(self, entry: Mapping[str, Any]) -> str:
         """Write a row and wait until it is kept. Returns its hash. OSError if it cannot be written: nothing is then.
 
-        ValueError names a field that FIELDS lacks or a value that is no number or short name. None values are left out.
+        None values are left out. `inputs` and `outputs` may be bytes, of which the row tells the SHA-256: the writer's
+        thread computes it. ValueError names a field that FIELDS lacks or a value that is no number or short name.
         """
-        return self.submit(entry).result()
-
-    def submit(self, entry: Mapping[str, Any]) -> Future[str]:
-        """`append` without waiting: the future has the hash or the OSError."""
-        row = _checked(entry)
         done: Future[str] = Future()
+
+        def told(outcome: str | Exception) -> None:
+            if isinstance(outcome, Exception):
+                done.set_exception(outcome)
+            else:
+                done.set_result(outcome)
+
+        self.submit(entry, told)
+        return done.result()
+
+    def submit(self, entry: Mapping[str, Any], told: Told) -> None:
+        """`append` without waiting: the writer's thread calls `told` with the hash or the OSError, and goes on."""
+        row = _checked(entry)
         with self._closing:
             if self._closed:
                 raise OSError(f"{self.path}: the audit log is closed")
-            self._waiting.put((row, done))
-        return done
+            self._waiting.put((row, told))
 
     def close(self) -> None:
         """Write what waits, and give the file free."""
@@ -107,15 +116,13 @@ class AuditLog:
                     last = True
                     break
                 batch.append(following)
-            taken = [(row, done) for row, done in batch if done.set_running_or_notify_cancel()]
+            outcomes: Sequence[str | Exception]
             try:
-                hashes = self._write([row for row, _ in taken])
+                outcomes = self._write([row for row, _ in batch])
             except Exception as error:  # whoever waits is told; the next rows are tried anew
-                for _, done in taken:
-                    done.set_exception(error)
-            else:
-                for (_, done), digest in zip(taken, hashes, strict=True):
-                    done.set_result(digest)
+                outcomes = [error] * len(batch)
+            for (_, told), outcome in zip(batch, outcomes, strict=True):
+                told(outcome)
             if last:
                 return
 
@@ -124,7 +131,8 @@ class AuditLog:
         at = self._clock().astimezone(timezone.utc).isoformat(timespec="milliseconds")
         lines, hashes, head = [before], [], self.head
         for number, row in enumerate(rows, self._seq + 1):
-            body = {"seq": number, "at": at, "prev": head, **row}
+            told = {name: sha256_bytes(value) if isinstance(value, bytes) else value for name, value in row.items()}
+            body = {"seq": number, "at": at, "prev": head, **told}
             head = sha256_bytes(canonical_json(body))
             lines.append(canonical_json({**body, "hash": head}) + b"\n")
             hashes.append(head)
@@ -150,6 +158,8 @@ def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"audit: {', '.join(unknown)}: is no field of the log; {', '.join(sorted(FIELDS))} are")
     row = {name: value for name, value in entry.items() if value is not None}
     for name, value in row.items():
+        if name in _DIGESTS and isinstance(value, bytes):
+            continue
         if type(value) is not int and not (isinstance(value, str) and _NAME.fullmatch(value)):
             # the value is not repeated: it may be what must not be in a log
             raise ValueError(f"audit: {name}: is no number and no name of 1 to 200 characters without white space")
