@@ -39,7 +39,7 @@ async def readiness(parts: Parts) -> tuple[list[str], dict[str, Any]]:
     """Why requests cannot be answered (nothing if they can), and the upstreams' states."""
     reasons = ["draining"] if parts.draining else []
     upstreams = {}
-    for track in ("stable", "candidate") if parts.settings.candidate else ("stable",):
+    for track in parts.upstreams.tracks:
         upstream = parts.upstreams.get(track)
         upstreams[track] = {
             "ready": upstream.ready,

@@ -53,6 +53,16 @@ class Metrics:
         self.routed = Counter(
             "medforge_gateway_routed", "Requests by track: the canary's split.", ("track",), registry=r
         )
+        self.routing = Gauge(
+            "medforge_gateway_routing_info", "1 for the SHA-256 of the routing.json that was read.", ("digest",),
+            registry=r,
+        )  # fmt: skip
+        self.routing_weight = Gauge(
+            "medforge_gateway_routing_weight", "Share of callers who are given the candidate.", registry=r
+        )
+        self.routing_refused = Counter(
+            "medforge_gateway_routing_refused", "Files routing.json that were not taken.", registry=r
+        )
         self.tokens = Counter("medforge_gateway_tokens", "Tokens as the upstream counts them.", ("kind",), registry=r)
         self.decisions = Counter(
             "medforge_gateway_decisions", "Outcomes of /v1/diagnose.", ("task", "decision", "track"), registry=r

@@ -19,15 +19,15 @@ def router() -> APIRouter:
         """Release, heads and provenance. Any valid key or token may ask."""
         await admit(request, "")
         parts: Parts = request.app.state.parts
-        upstreams, settings = parts.upstreams, parts.settings
+        upstreams = parts.upstreams
         known = upstreams.capabilities("stable")
         if not known.model:
             raise GatewayError(503, "upstream-unavailable", "The model's server has not answered yet", retry_after=2)
-        candidate = upstreams.release("candidate") if settings.candidate else None
+        candidate = upstreams.release("candidate") if "candidate" in upstreams.tracks else None
         return api.CurrentRelease(
             stable=upstreams.release("stable"),
             candidate=candidate if candidate and candidate.model else None,
-            candidate_weight=settings.candidate_weight,
+            candidate_weight=upstreams.weight,
             heads=sorted(known.heads),
             about=dict(known.about),
         )

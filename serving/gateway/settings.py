@@ -12,10 +12,13 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from typing_extensions import Self
 
+from serving.gateway import routing
+
 PREFIX = "MEDFORGE_GATEWAY_"
 ENV_FILE = ".env"
 DEFAULT_SECRET = "change-this"  # noqa: S105  what production refuses to start with
 _RATE = re.compile(r"[1-9]\d*/(second|minute|hour|day)")
+_ROUTED = {"stable", "candidate", "candidate_weight", "stable_release", "candidate_release"}
 Rate = str
 
 
@@ -42,6 +45,9 @@ class Settings(BaseSettings):
     candidate_weight: float = Field(0.0, ge=0, le=1, description="Share of callers who are given the candidate.")
     stable_release: str = Field("", description="Digest, where the upstream does not tell it (vLLM).")
     candidate_release: str = Field("", description="Digest, where the upstream does not tell it (vLLM).")
+    routing: Path | None = Field(
+        None, description="routing.json, followed while it changes, in place of the five settings above (a cluster)."
+    )
     upstream_key: SecretStr = Field(SecretStr(""), description="Bearer token that upstreams want.")
     connect_timeout: float = Field(2.0, gt=0)
     deadline: float = Field(120.0, gt=0, description="The longest a request may take.")
@@ -112,6 +118,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.routing is not None and (both := sorted(_ROUTED & self.model_fields_set)):
+            raise ValueError(f"{', '.join(both)}: has no effect where routing names a file that says it")
         if self.candidate_weight and not self.candidate:
             raise ValueError("candidate_weight needs candidate, the URL of its predictor")
         if self.oidc_issuer and not self.oidc_audience:
@@ -136,9 +144,12 @@ class Settings(BaseSettings):
 
 
 def load() -> Settings:
-    """The settings of this process. ValueError names a variable that is wrong or unknown."""
+    """The settings of this process. ValueError names a variable that is wrong or unknown, or a file that is wrong."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
     given = {*os.environ, *dotenv_values(ENV_FILE)}
     if unknown := sorted(name for name in given if name.upper().startswith(PREFIX) and name.upper() not in known):
         raise ValueError(f"{', '.join(unknown)}: is not a setting; `python -m serving.gateway --help` lists them")
-    return Settings()
+    settings = Settings()
+    if settings.routing is not None:
+        routing.read(settings.routing)
+    return settings

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import aiohttp
@@ -18,13 +19,14 @@ import msgspec
 from serving.gateway import api
 from serving.gateway.answers import Capabilities, Completion, Token, capabilities_of, completion_of, events, garbage
 from serving.gateway.balance import Track, track
-from serving.gateway.breaker import Breaker
 from serving.gateway.context import TIMEOUT_HEADER, time_left
 from serving.gateway.errors import GatewayError
 from serving.gateway.logs import logger
 from serving.gateway.metrics import Metrics
 from serving.gateway.parts import Caller, Context
+from serving.gateway.predictors import Upstream
 from serving.gateway.retries import RetryBudget, backoff
+from serving.gateway.routing import Follower, Place, Routing, of_settings
 from serving.gateway.settings import Settings
 
 __all__ = ["Capabilities", "Completion", "Token", "Track", "Upstream", "Upstreams", "garbage"]
@@ -33,78 +35,27 @@ POLL_READY, POLL_AWAY = 5.0, 1.0  # seconds between looks at an upstream
 RETRIED = frozenset({502, 503, 504})
 _LOOK_SECONDS = 3.0
 _MOST_BYTES = 16 << 20  # of an answer that is read whole
-_UNKNOWN = Capabilities("")
 
 
-class Upstream:
-    """One predictor: its base URL, circuit and what it last said of itself."""
-
-    def __init__(self, name: Track, base: str, digest: str, settings: Settings, metrics: Metrics) -> None:
-        self.name, self.base, self._digest, self._metrics = name, base, digest, metrics
-        self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
-        self.capabilities = _UNKNOWN
-        self.problem: str | None = "has not been asked yet"
-        self.looked = asyncio.Event()
-
-    @property
-    def ready(self) -> bool:
-        """Whether it answered when it was last asked, as the release that it should be."""
-        return self.problem is None
-
-    @property
-    def release(self) -> api.Release:
-        """What it serves."""
-        about = self.capabilities
-        return api.Release(
-            digest=about.release or self._digest or None, model=about.model, version=about.version, track=self.name
-        )
-
-    def heard(self, capabilities: Capabilities | None, problem: str | None) -> None:
-        """Take down what a look at it gave."""
-        if capabilities is not None and self._digest and capabilities.release not in (None, self._digest):
-            problem = f"serves release {capabilities.release}, not {self._digest}, which the settings name"
-        if problem != self.problem:
-            logger().log(20 if problem is None else 30, "upstream", track=self.name, ready=problem is None, why=problem)
-        if capabilities is not None and capabilities != self.capabilities:
-            self._forget_release()
-            self.capabilities = capabilities
-            self._metrics.release.labels(self.name, self.release.digest or "unknown", capabilities.model).set(1)
-        self.problem = problem
-        self._metrics.upstream_ready.labels(self.name).set(problem is None)
-        self._show_breaker()
-        self.looked.set()
-
-    def _forget_release(self) -> None:
-        if self.capabilities.model:
-            self._metrics.release.remove(self.name, self.release.digest or "unknown", self.capabilities.model)
-
-    def succeeded(self) -> None:
-        """An answer is whole, or its head came to a trial."""
-        self.breaker.success()
-        self._show_breaker()
-
-    def failed(self) -> None:
-        """A request failed by its fault."""
-        self.breaker.failure()
-        self._show_breaker()
-
-    def _show_breaker(self) -> None:
-        self._metrics.breaker_open.labels(self.name).set(self.breaker.state != "closed")
+Table = dict[Track, Upstream]
+# A request keeps the table that it was routed by: it ends at the upstream where it began, and its answer bears that
+# one's release, also if the routing changes meanwhile.
+_kept: ContextVar[Table] = ContextVar("medforge.upstreams")
 
 
 class Upstreams:
-    """The stable predictor and, where there is one, the candidate."""
+    """The stable predictor and, where there is one, the candidate; which ones may change while requests run."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
-        self._all = {"stable": Upstream("stable", settings.stable, settings.stable_release, settings, metrics)}
-        if settings.candidate:
-            self._all["candidate"] = Upstream(
-                "candidate", settings.candidate, settings.candidate_release, settings, metrics
-            )
+        self._follower = Follower(settings.routing, metrics, self.take) if settings.routing else None
+        self._table: Table = {}
+        self._incoming: Upstream | None = None  # the next stable predictor, until it is ready
+        self.weight = 0.0
         self._budget = RetryBudget(settings.retry_budget)
         self._session: aiohttp.ClientSession | None = None
-        self._polls: list[asyncio.Task[None]] = []
+        self._polls: dict[Upstream, asyncio.Task[None]] = {}
+        self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begin to watch the upstreams; returns after the first look at each."""
@@ -115,20 +66,70 @@ class Upstreams:
             auto_decompress=True,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        self._polls = [asyncio.create_task(self._watch(upstream)) for upstream in self._all.values()]
-        await asyncio.gather(*(upstream.looked.wait() for upstream in self._all.values()))
+        self.take(of_settings(self._settings) if self._follower is None else self._follower.routing)
+        await asyncio.gather(*(upstream.looked.wait() for upstream in self._table.values()))
+        if self._follower is not None:
+            self._following = asyncio.create_task(self._follower.follow())
 
     async def close(self) -> None:
         """Stop watching, and close the connections."""
-        for poll in self._polls:
-            poll.cancel()
-        await asyncio.gather(*self._polls, return_exceptions=True)
+        tasks = [*self._polls.values(), *([self._following] if self._following else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
 
+    def take(self, routing: Routing) -> None:
+        """Route by this from now on.
+
+        Another stable predictor is asked first, and callers are moved to it when it is ready; until then they stay
+        where they are. A candidate's share counts at once, as nobody is given a candidate that is not ready.
+        """
+        table = dict(self._table)
+        if self._incoming is not None:
+            self._leave(self._incoming)
+            self._incoming = None
+        if "stable" not in table:
+            table["stable"] = self._enter("stable", routing.stable)
+        elif table["stable"].place != routing.stable:
+            self._incoming = self._enter("stable", routing.stable)
+        old = table.pop("candidate", None)
+        if routing.candidate is not None:
+            same = old is not None and old.place == routing.candidate
+            table["candidate"] = old if old and same else self._enter("candidate", routing.candidate)
+        self.weight = routing.weight
+        self._metrics.routing_weight.set(routing.weight)
+        self._switch(table)
+
+    def _switch(self, table: Table) -> None:
+        before, self._table = self._table, table
+        for upstream in set(before.values()) - set(table.values()):
+            self._leave(upstream)
+        for upstream in set(table.values()) - set(before.values()):
+            upstream.begin()
+
+    def _enter(self, track: Track, place: Place) -> Upstream:
+        upstream = Upstream(track, place, self._settings, self._metrics)
+        self._polls[upstream] = asyncio.create_task(self._watch(upstream))
+        return upstream
+
+    def _leave(self, upstream: Upstream) -> None:
+        upstream.retire()
+        self._polls.pop(upstream).cancel()
+
+    @property
+    def tracks(self) -> tuple[Track, ...]:
+        """The tracks that there are, stable first."""
+        return tuple(self._table)
+
     def choose(self, caller: Caller) -> Track:
-        """The caller's track, always the same one; stable where the candidate is not well. Asked once a request."""
-        chosen = track(caller.id, self._settings.candidate_weight)
+        """The caller's track, always the same one; stable where the candidate is not well. Asked once a request.
+
+        What is asked of the track afterwards, in the same task, is of the upstream that it has now.
+        """
+        _kept.set(self._table)
+        chosen = track(caller.id, self.weight)
         if chosen == "candidate" and not self.healthy(chosen):
             chosen = "stable"
         self._metrics.routed.labels(chosen).inc()
@@ -136,20 +137,20 @@ class Upstreams:
 
     def healthy(self, track: Track) -> bool:
         """Whether it is there, ready, and its circuit lets requests pass."""
-        upstream = self._all.get(track)
+        upstream = self._table.get(track)
         return upstream is not None and upstream.ready and upstream.breaker.wait == 0
 
     def get(self, track: Track) -> Upstream:
-        """The upstream of a track that the settings name."""
-        return self._all[track]
+        """The upstream of a track."""
+        return _kept.get(self._table)[track]
 
     def release(self, track: Track) -> api.Release:
         """What the track serves."""
-        return self._all[track].release
+        return self.get(track).release
 
     def capabilities(self, track: Track) -> Capabilities:
         """What the track can do."""
-        return self._all[track].capabilities
+        return self.get(track).capabilities
 
     async def complete(self, body: dict[str, Any], context: Context, track: Track) -> Completion:
         """The answer to a request of /chat/completions, whole. `model` is filled in.
@@ -182,7 +183,7 @@ class Upstreams:
 
         What goes wrong while the answer is read is an upstream's failure too, and is not tried again.
         """
-        upstream = self._all[track]
+        upstream = self.get(track)
         self._budget.deposit()
         attempt = 0
         left = time_left(context)
@@ -286,6 +287,9 @@ class Upstreams:
                 upstream.heard(None, f"cannot be reached ({type(error).__name__})")
             except ValueError as error:
                 upstream.heard(None, str(error))
+            if upstream is self._incoming and upstream.ready:
+                self._incoming = None
+                self._switch(self._table | {"stable": upstream})
             await asyncio.sleep(POLL_READY if upstream.ready else POLL_AWAY)
 
     async def _look(self, upstream: Upstream) -> Capabilities:
