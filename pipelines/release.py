@@ -1,4 +1,4 @@
-"""The release pipeline: is the release approved, and then the one that is served.
+"""The release pipeline: is the release approved, and then the one that is served; on a cluster by way of a canary.
 
     python -m pipelines.release [--release candidate] [--channel champion] --trusted FILE.pub …
 
@@ -13,20 +13,54 @@ import signal
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from kfp import dsl
 
 from components.approved.component import approved
+from components.deploy.component import complete, deploy
 from components.promote.component import promote
+from components.rollback.component import rollback
+from components.watch.component import watch
 
 NAME = "medforge-release"
 
 
+def _always(task: Any) -> Any:
+    """A step whose result stands outside: one that a cache answered would not have done anything."""
+    return task.set_caching_options(False)
+
+
 @dsl.pipeline(name=NAME, description="Check that a release is approved, and let the channel of what is served name it.")
-def release(release: str = "candidate", bucket: str = "medforge", channel: str = "champion") -> None:
-    """`release` is a digest, the beginning of one, or a channel."""
-    checked = approved(release=release, bucket=bucket).set_display_name("approved?")
-    promote(release=checked.outputs["Output"], bucket=bucket, channel=channel)
+def release(
+    release: str = "candidate",
+    bucket: str = "medforge",
+    channel: str = "champion",
+    canary: int = 0,
+    namespace: str = "",
+    name: str = "medforge",
+    watch_minutes: float = 30.0,
+    watch_requests: int = 100,
+) -> None:
+    """`release` is a digest, the beginning of one, or a channel.
+
+    With `canary` at 0 the channel is all that changes. Above it, so many percent of the callers of the chart's
+    installation `name` in `namespace` are given the release for `watch_minutes` and `watch_requests` requests, then
+    all; an alert, or a step that fails, takes it back.
+    """
+    run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    undo = rollback(canary=canary, namespace=namespace, name=name, run=run).set_display_name("roll back if it failed")
+    with dsl.ExitHandler(_always(undo)):
+        checked = _always(approved(release=release, bucket=bucket)).set_display_name("approved?")
+        digest = checked.outputs["Output"]
+        with dsl.If(canary == 0, "channel only"):
+            _always(promote(release=digest, bucket=bucket, channel=channel))
+        with dsl.Else("by a canary"):
+            deployed = _always(deploy(release=digest, percent=canary, namespace=namespace, name=name, run=run))
+            watched = watch(namespace=namespace, name=name, run=run, minutes=watch_minutes, requests=watch_requests)
+            _always(watched).after(deployed)
+            finish = complete(release=deployed.output, namespace=namespace, name=name, run=run, channel=channel)
+            _always(finish).after(watched)
 
 
 def main() -> int:

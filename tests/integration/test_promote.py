@@ -160,8 +160,16 @@ def test_the_pipeline_is_sound_for_kubeflow(tmp_path: Path) -> None:
     compiler.Compiler().compile(release, str(path))
     spec = yaml.safe_load(path.read_text())
     json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
-    tasks = spec["root"]["dag"]["tasks"]
-    assert set(tasks) == {"approved", "promote"}
+    inner = {name: one["dag"]["tasks"] for name, one in spec["components"].items() if "dag" in one}
+    assert spec["root"]["dag"]["tasks"]["rollback"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    steps = {name: task for tasks in [spec["root"]["dag"]["tasks"], *inner.values()] for name, task in tasks.items()}
+    work = {"approved", "promote", "deploy", "watch", "complete", "rollback"}
+    assert work <= set(steps)
+    # each acts on what stands outside: an answer out of Kubeflow's cache would be none
+    assert not [name for name in work if steps[name].get("cachingOptions", {}).get("enableCache")]
     # what is promoted is what was checked, and not what the caller named
-    given = tasks["promote"]["inputs"]["parameters"]["release"]
-    assert given["taskOutputParameter"]["producerTask"] == "approved"
+    for name, given in (("promote", "release"), ("deploy", "release")):
+        assert "approved-Output" in steps[name]["inputs"]["parameters"][given]["componentInputParameter"]
+    assert steps["complete"]["inputs"]["parameters"]["release"]["taskOutputParameter"]["producerTask"] == "deploy"
+    assert steps["watch"]["dependentTasks"] == ["deploy"]
+    assert "watch" in steps["complete"]["dependentTasks"]

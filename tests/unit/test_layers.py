@@ -18,7 +18,7 @@ ROOT = Path(medforge.__file__).parent
 # from the top down; a module may import from its own layer (but for steps) and from the layers below
 FACES, STEPS, COMMON, GROUND = 3, 2, 1, 0
 LAYERS = {
-    **dict.fromkeys(("__main__", "cli", "commands", "steps", "audit", "apikeys"), FACES),
+    **dict.fromkeys(("__main__", "cli", "commands", "steps", "audit", "apikeys", "rollout"), FACES),
     **dict.fromkeys(("convert", "validate", "train", "merge", "evaluate", "release", "synthesize"), STEPS),
     **dict.fromkeys(
         ("models", "metrics", "dataset", "dataset_writer", "storage", "embedded", "s3", "transfers", "reference"),
