@@ -8,10 +8,15 @@ CONFIG ?=
 DATA ?=
 SET ?=
 PORT ?= 8080
+CLUSTER ?=
+PIPELINE ?=
 RUN_ARGUMENTS = $(if $(CONFIG),--config '$(CONFIG)') $(if $(DATA),--data '$(DATA)') $(foreach s,$(SET),--set '$(s)')
+CLUSTER_ARGUMENTS = $(RUN_ARGUMENTS) $(if $(CLUSTER),--cluster '$(CLUSTER)') $(if $(PIPELINE),--pipeline '$(PIPELINE)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline-run pipeline-compile release serve test test-unit test-integration test-e2e bench lint format constraints clean
+.PHONY: help setup pipeline-run pipeline-compile pipeline-submit pipeline-upload pipeline-schedule pipeline-runs release \
+  serve images images-test images-pin test test-unit test-integration test-e2e bench lint chart-lint chart-readme \
+  format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -41,8 +46,20 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 pipeline-run: $(VENV)/.stamp-run ## run the pipeline here: [CONFIG=run.yaml] [DATA=folder or s3://…] [SET="field=value …"]
 	@$(BIN)/python -m pipelines.run $(RUN_ARGUMENTS)
 
-pipeline-compile: $(VENV)/.stamp-run ## compile the pipeline for Kubeflow: [CONFIG=run.yaml] [OUT=dist/retrain.yaml]
-	@$(BIN)/python -m pipelines.compile $(RUN_ARGUMENTS) $(if $(OUT),--out '$(OUT)')
+pipeline-compile: $(VENV)/.stamp-run ## compile for Kubeflow: [CONFIG=run.yaml] [CLUSTER=cluster.yaml] [PIPELINE=release] [OUT=…]
+	@$(BIN)/python -m pipelines.compile $(CLUSTER_ARGUMENTS) $(if $(OUT),--out '$(OUT)')
+
+pipeline-submit: $(VENV)/.stamp-run ## start a run on Kubeflow: [CONFIG=run.yaml] [CLUSTER=cluster.yaml] [PIPELINE=release] [WAIT=1]
+	@$(BIN)/python -m pipelines.kubeflow submit $(CLUSTER_ARGUMENTS) $(if $(WAIT),--wait)
+
+pipeline-upload: $(VENV)/.stamp-run ## make a version of the pipeline on Kubeflow, if it changed
+	@$(BIN)/python -m pipelines.kubeflow upload $(CLUSTER_ARGUMENTS)
+
+pipeline-schedule: $(VENV)/.stamp-run ## run it again and again: CRON="0 0 2 * * *" (six fields, UTC) [CONFIG=…] [CLUSTER=…]
+	@$(BIN)/python -m pipelines.kubeflow schedule $(CLUSTER_ARGUMENTS) --cron '$(CRON)'
+
+pipeline-runs: $(VENV)/.stamp-run ## the last runs and the schedules on Kubeflow
+	@$(BIN)/python -m pipelines.kubeflow runs
 
 release: $(VENV)/.stamp-run ## let champion name an approved release: TRUSTED=reviewer.pub [RELEASE=candidate]
 	@$(BIN)/python -m pipelines.release $(if $(RELEASE),--release '$(RELEASE)') $(if $(TRUSTED),--trusted $(TRUSTED))
@@ -50,6 +67,15 @@ release: $(VENV)/.stamp-run ## let champion name an approved release: TRUSTED=re
 serve: $(VENV)/.stamp-serve ## serve the approved release with its page: [CANDIDATE=1] [RELEASE=…] [TRUSTED=…] [PORT=8080]
 	@$(BIN)/python -m serving.local --port $(PORT) $(if $(CANDIDATE),--candidate) $(if $(RELEASE),--release '$(RELEASE)') \
 	  $(if $(TRUSTED),--trusted $(TRUSTED))
+
+images: | $(BIN)/python ## build the images with docker, podman or buildah: [NAMES=gateway] [VARIANT=gpu] [RELEASE=1]
+	@$(BIN)/python -m images.build $(NAMES) $(if $(VARIANT),--variant '$(VARIANT)') $(if $(RELEASE),--release)
+
+images-test: $(VENV)/.stamp-dev ## build the images on a stand-in base and run each read-only (root, Debian)
+	@$(BIN)/python -m images.check
+
+images-pin: | $(BIN)/python ## write the bases' digests into images/bases.env, from their registry
+	@$(BIN)/python -m images.bases
 
 test: $(VENV)/.stamp-dev ## run all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -70,6 +96,13 @@ lint: $(VENV)/.stamp-dev ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+chart-lint: $(VENV)/.stamp-dev ## lint the chart with each of its values files: helm, yamllint, checkov
+	@test -x .venv-lint/bin/checkov || { $(PYTHON) -m venv .venv-lint && .venv-lint/bin/pip install --quiet checkov yamllint; }
+	@PATH="$(CURDIR)/.venv-lint/bin:$$PATH" $(BIN)/python charts/lint.py
+
+chart-readme: $(VENV)/.stamp-dev ## write the chart's README from its values
+	@$(BIN)/python charts/readme.py
 
 format: $(VENV)/.stamp-dev ## let ruff format and mend what it can
 	@$(BIN)/ruff check --fix .
