@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-# kfp indents what a step prints, and prints much of its own; these lines are the step's
-_OF_A_STEP = re.compile(r"    (\{\"progress\"|[a-z0-9-]+: (running|reused)|\| )")
+# kfp indents what a step prints, and prints much of its own; these lines are the step's. Steps that run side by side
+# make kfp indent by any number of spaces (each puts its own `print` over the other's)
+_OF_A_STEP = re.compile(r" *(\{\"progress\"|[a-z0-9-]+: (running|reused)|\| )")
 
 
 class Console(io.TextIOBase):
@@ -53,8 +54,10 @@ class Console(io.TextIOBase):
     def _show(self, line: str) -> None:
         if not line.strip():
             return
-        if self._only_steps and not _OF_A_STEP.match(line):
-            return
+        if self._only_steps:
+            if not _OF_A_STEP.match(line):
+                return
+            line = f"    {line.lstrip()}"
         progress = _progress(line.strip())
         if progress and self._terminal.isatty():
             self._terminal.write(f"\r\033[K    {progress}")

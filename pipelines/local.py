@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import logging
 import os
@@ -80,6 +81,7 @@ def execute(build: Callable[[], Any], arguments: dict[str, str], folder: Path) -
         from kfp import local
 
         artifacts = folder / "artifacts"
+        plain_print = builtins.print
         local.init(
             runner=local.SubprocessRunner(use_venv=False),
             pipeline_root=str(artifacts),
@@ -92,6 +94,7 @@ def execute(build: Callable[[], Any], arguments: dict[str, str], folder: Path) -
         except RuntimeError as error:
             raise RunFailedError(_failure(folder) or str(error)) from None
         finally:
+            builtins.print = plain_print  # kfp replaces it, and steps that run side by side do not put it back
             logging.disable(logging.NOTSET)
             shutil.rmtree(folder / "kfp", ignore_errors=True)
     return artifacts

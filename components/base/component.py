@@ -2,12 +2,12 @@
 
 from kfp.dsl import Model, Output
 
-from components import step
+from components import model_step
 
 
-@step()
-def base(config: str, model: Output[Model]):  # type: ignore[no-untyped-def]
-    """Write the base model's folder."""
+@model_step()
+def base(config: str, model: Output[Model], seen: str = ""):  # type: ignore[no-untyped-def]
+    """Write the base model's folder. `seen` is what tells Kubeflow's cache that the source has changed."""
     from medforge.steps import base
 
     base(config, model.path)

@@ -2,10 +2,10 @@
 
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
-from components import step
+from components import model_step
 
 
-@step()
+@model_step()
 def merge(  # type: ignore[no-untyped-def]
     config: str,
     model: Input[Model],

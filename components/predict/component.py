@@ -2,10 +2,10 @@
 
 from kfp.dsl import Artifact, Dataset, Input, Model, Output
 
-from components import step
+from components import model_step
 
 
-@step()
+@model_step()
 def predict(  # type: ignore[no-untyped-def]
     config: str, arm: str, model: Input[Model], dataset: Input[Dataset], predictions: Output[Artifact]
 ):

@@ -50,6 +50,9 @@ class DataConfig(_Section):
     max_rejected: float = Field(
         0.05, ge=0, le=1, description="Share of rejected samples that stops the run; repeats and shared images apart."
     )
+    shards: int = Field(
+        1, ge=1, le=256, description="Converting and validating is shared by this many tasks; the result is the same."
+    )
     phantom: PhantomConfig = Field(default_factory=PhantomConfig, description="Used when the source is `phantom`.")
 
 
@@ -141,13 +144,21 @@ class PublishConfig(_Section):
 
 
 class ParallelConfig(_Section):
-    """Several devices of one machine or pod. The result is that of one process within rounding."""
+    """Several devices. The result is that of one process within rounding."""
 
-    processes: int = Field(1, ge=1, description="Processes, one a device (torchrun).")
+    processes: int = Field(1, ge=1, description="Processes on each machine or pod, one a device (torchrun).")
+    nodes: int = Field(
+        1, ge=1, description="Machines, each with so many processes; more than one takes a cluster (a TrainJob)."
+    )
     strategy: Literal["ddp", "zero2", "zero3"] = Field(
         "ddp", description="Whole weights on each device, or DeepSpeed ZeRO that shards them (arXiv 1910.02054)."
     )
     offload: Literal["none", "cpu"] = Field("none", description="Where ZeRO keeps the optimizer's state.")
+
+    @property
+    def world(self) -> int:
+        """Processes on all machines together."""
+        return self.processes * self.nodes
 
     @model_validator(mode="after")
     def _offload_is_zeros(self) -> ParallelConfig:
@@ -228,6 +239,13 @@ def load_config(path: Path | str, overrides: Annotated[list[str], "section.field
     config: RunConfig = _check(RunConfig, tree, str(path))
     _refuse_ignored(tree, config, path)
     return config
+
+
+def load_section(section: type[_Section], path: Path) -> _Section:
+    """Another configuration file of the same manner: `section` as the YAML file says. ValueError as `load_config`."""
+    found = _check(section, _read_yaml(path), str(path))
+    assert isinstance(found, section)
+    return found
 
 
 def _refuse_ignored(tree: dict[str, Any], config: RunConfig, path: Path) -> None:

@@ -6,11 +6,13 @@ A step reads its part of the configuration, does the work through `workspace.run
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from medforge.config import RunConfig, parse_config
+from medforge.config import CheckpointConfig, RunConfig, parse_config
 from medforge.files import read_json, sha256_json, tree_digest, write_json
 from medforge.workspace import Step, code_version, run_step
 
@@ -20,6 +22,23 @@ class Metrics(Protocol):
 
     def log_metric(self, metric: str, value: float) -> None:
         """Show a figure beside the step."""
+
+
+def sources(config: str) -> tuple[str, str]:
+    """What tells the states of the data's and the base model's source. What cannot be told is new each time."""
+    run = parse_config(config)
+
+    def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
+        from uuid import uuid4
+
+        generated = run.data.source == "phantom"
+        data = "generated" if generated else _fingerprint(run.data.source) or uuid4().hex
+        pinned = run.model.base.startswith("tiny:") or bool(re.fullmatch(r"[0-9a-f]{40}", run.model.revision))
+        base = _fingerprint(run.model.base) or ("pinned" if pinned else uuid4().hex)
+        return {"data": data, "base": base}
+
+    values = run_step(Step("convert", "sources", {}, run.data.source, {}), body, reuse=False)
+    return str(values["data"]), str(values["base"])
 
 
 def base(config: str, model: str) -> None:
@@ -45,33 +64,88 @@ def base(config: str, model: str) -> None:
 def convert(config: str, dataset: str, metrics: Metrics) -> None:
     """Convert the source to a data set at `dataset`."""
     run = parse_config(config)
-    settings = {"data": run.data.model_dump(), "seed": run.seed, "fingerprint": _fingerprint(run.data.source)}
 
     def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
         from medforge.convert import run as run_convert
 
-        manifest = run_convert(run.data.source, out["dataset"], run.data, run.seed)
-        return {split: counts["samples"] for split, counts in manifest["counts"].items()}
+        return _samples(run_convert(run.data.source, out["dataset"], run.data, run.seed))
 
-    values = run_step(Step("convert", "convert", {}, settings, {"dataset": Path(dataset)}), body)
+    values = run_step(Step("convert", "convert", {}, _converting(run), {"dataset": Path(dataset)}), body)
     _log(metrics, values)
 
 
-def validate(config: str, dataset: str, model: str, clean: str, metrics: Metrics) -> None:
-    """Write the samples of `dataset` that training can use to `clean`."""
+def convert_shard(config: str, shard: int, part: str) -> None:
+    """Read the rows of one shard of the source to the folder `part`."""
     run = parse_config(config)
-    names = {"shared_images", "max_rejected"}
-    settings = {"data": run.data.model_dump(include=names), "model": _seeing(run)}
+
+    def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
+        from medforge.convert import run_shard
+
+        return {"rows": run_shard(run.data.source, out["part"], run.data, shard)["rows"]}
+
+    settings = _converting(run) | {"shard": shard, "of": run.data.shards}
+    run_step(Step("convert", f"convert-shard-{shard}", {}, settings, {"part": Path(part)}), body)
+
+
+def convert_join(config: str, parts: Sequence[str], dataset: str, metrics: Metrics) -> None:
+    """Make one data set at `dataset` of the parts of all shards: the one that `convert` makes."""
+    run = parse_config(config)
+
+    def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
+        from medforge.convert import join
+
+        return _samples(join([Path(part) for part in parts], out["dataset"], run.data, run.seed))
+
+    inputs = {f"part-{number}": Path(part) for number, part in enumerate(parts)}
+    step = Step("convert", "convert", inputs, _converting(run), {"dataset": Path(dataset)})
+    _log(metrics, run_step(step, body))
+
+
+def _converting(run: RunConfig) -> dict[str, Any]:
+    """What decides a data set: all but the number of shards that make it."""
+    data = run.data.model_dump(exclude={"shards"})
+    return {"data": data, "seed": run.seed, "fingerprint": _fingerprint(run.data.source)}
+
+
+def _samples(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {split: counts["samples"] for split, counts in manifest["counts"].items()}
+
+
+def validate(
+    config: str, dataset: str, model: str, clean: str, metrics: Metrics, checks: Sequence[str] | None = None
+) -> None:
+    """Write the samples of `dataset` that training can use to `clean`; `checks` are what shards found, if any did."""
+    run = parse_config(config)
+    files = None if checks is None else [Path(file) for file in checks]
 
     def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
         from medforge.validate import run as run_validate
 
-        report = run_validate(Path(dataset), Path(model), out["clean"], run.data, run.model)
+        report = run_validate(Path(dataset), Path(model), out["clean"], run.data, run.model, checks=files)
         return {name: sum(report["counts"][name].values()) for name in ("in", "kept", "rejected")}
 
     inputs = {"dataset": Path(dataset), "model": Path(model)}
-    values = run_step(Step("validate", "validate", inputs, settings, {"clean": Path(clean)}), body)
+    inputs |= {f"checks-{number}": file for number, file in enumerate(files or [])}
+    values = run_step(Step("validate", "validate", inputs, _validating(run), {"clean": Path(clean)}), body)
     _log(metrics, values)
+
+
+def validate_shard(config: str, shard: int, dataset: str, model: str, checks: str) -> None:
+    """Try the samples of one shard of `dataset`; what was found goes to the file `checks`."""
+    run = parse_config(config)
+
+    def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
+        from medforge.validate import run_shard
+
+        return {"samples": run_shard(Path(dataset), Path(model), out["checks"], run.data, run.model, shard)}
+
+    inputs = {"dataset": Path(dataset), "model": Path(model)}
+    settings = _validating(run) | {"shard": shard, "of": run.data.shards}
+    run_step(Step("validate", f"validate-shard-{shard}", inputs, settings, {"checks": Path(checks)}), body)
+
+
+def _validating(run: RunConfig) -> dict[str, Any]:
+    return {"data": run.data.model_dump(include={"shared_images", "max_rejected"}), "model": _seeing(run)}
 
 
 def train(
@@ -79,23 +153,81 @@ def train(
 ) -> None:
     """Train one stage on top of the stack `before` ("" for the first) and write the longer stack to `adapters`."""
     run = parse_config(config)
-    wanted = run.stage(stage)
-    inputs = {"model": Path(model), "dataset": Path(dataset)} | ({"before": Path(before)} if before else {})
-    settings = {"stage": wanted.decisive(), "model": _seeing(run), "dtype": run.model.dtype, "seed": run.seed}
 
     def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
         from medforge.train import Inputs
         from medforge.train import run as run_stage
 
         given = Inputs(Path(model), Path(dataset), Path(before) if before else None)
-        url = f"{run.checkpoints.url.rstrip('/')}/{run.name}" if run.checkpoints.url else ""
-        kept = run.checkpoints.model_copy(update={"url": url})
+        wanted, kept = run.stage(stage), _checkpoints(run)
         about = run_stage(given, out["adapters"], scratch, out["logs"], wanted, run.model, run.seed, run.parallel, kept)
-        return {name: about[name] for name in ("steps", "best_step", "trainable_parameters")} | about["validation"]
+        return _trained(about)
 
+    _log(metrics, run_step(_training(run, stage, model, dataset, before, adapters, logs), body))
+
+
+def train_nodes(
+    config: str,
+    stage: str,
+    nodes: str,
+    model: str,
+    dataset: str,
+    before: str,
+    adapters: str,
+    logs: str,
+    metrics: Metrics,
+) -> None:
+    """Do as `train` on several machines of the cluster that this runs in; `nodes` says how their pods are."""
+    run = parse_config(config)
+
+    def body(out: dict[str, Path], scratch: Path) -> dict[str, Any]:
+        import os
+
+        from medforge.rollout.kubeconfig import find
+        from medforge.storage import connect
+        from medforge.train import Inputs, trainjob
+        from medforge.train.stage import job_of, told
+
+        given = Inputs(Path(model), Path(dataset), Path(before) if before else None)
+        job = job_of(
+            given,
+            out["adapters"],
+            scratch,
+            out["logs"],
+            run.stage(stage),
+            run.model,
+            run.seed,
+            run.parallel,
+            _checkpoints(run),
+        )
+        with connect(create=False) as store:
+            trainjob.run(find(os.environ), store, job, nodes)
+        return _trained(told(job))
+
+    _log(metrics, run_step(_training(run, stage, model, dataset, before, adapters, logs), body))
+
+
+def _training(run: RunConfig, stage: str, model: str, dataset: str, before: str, adapters: str, logs: str) -> Step:
+    """The step that trains a stage, on however many machines."""
+    inputs = {"model": Path(model), "dataset": Path(dataset)} | ({"before": Path(before)} if before else {})
+    settings = {
+        "stage": run.stage(stage).decisive(),
+        "model": _seeing(run),
+        "dtype": run.model.dtype,
+        "seed": run.seed,
+    }
     outputs = {"adapters": Path(adapters), "logs": Path(logs)}
-    step = Step("train", f"train-{stage}", inputs, settings, outputs, logs=frozenset({"logs"}))
-    _log(metrics, run_step(step, body))
+    return Step("train", f"train-{stage}", inputs, settings, outputs, logs=frozenset({"logs"}))
+
+
+def _checkpoints(run: RunConfig) -> CheckpointConfig:
+    url = f"{run.checkpoints.url.rstrip('/')}/{run.name}" if run.checkpoints.url else ""
+    return run.checkpoints.model_copy(update={"url": url})
+
+
+def _trained(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a stage's stage.json is shown beside the step."""
+    return {name: about[name] for name in ("steps", "best_step", "trainable_parameters")} | about["validation"]
 
 
 def merge(config: str, model: str, adapters: str, dataset: str, merged: str, metrics: Metrics) -> None:
@@ -320,6 +452,50 @@ def promote(release: str, bucket: str, channel: str) -> str:
 
     step = Step("release", "promote", {}, {"release": release, "channel": channel}, {})
     return str(run_step(step, body, reuse=False)["previous"] or "")
+
+
+def deploy(release: str, percent: int, namespace: str, name: str, run: str) -> str:
+    """Give `percent` of the callers the release as a canary. Returns its digest. `run` names whose canary it is."""
+    with _rollout(namespace, name, "champion", run) as rollout:
+        return rollout.deploy(release, percent / 100)
+
+
+def watch(namespace: str, name: str, run: str, minutes: float, requests: int, metrics: Metrics) -> None:
+    """Watch the canary for so long, until so many requests came; roll it back and fail when it is not good."""
+    import os
+
+    from medforge.rollout.watch import Patience, Prometheus
+
+    prometheus = Prometheus.from_environment(os.environ)
+    with _rollout(namespace, name, "champion", run) as rollout:
+        seen = rollout.watch(prometheus, Patience(minutes * 60, 4 * minutes * 60, requests))
+    _log(metrics, seen)
+
+
+def complete(release: str, namespace: str, name: str, run: str, channel: str) -> None:
+    """Give the canary's release to all callers, and let the channel name it."""
+    with _rollout(namespace, name, channel, run) as rollout:
+        rollout.promote(release)
+
+
+def rollback(canary: int, state: str, namespace: str, name: str, run: str) -> None:
+    """After a release that failed, remove its canary if it left one; nothing without a canary."""
+    if canary and state != "SUCCEEDED":
+        with _rollout(namespace, name, "champion", run) as rollout:
+            taken = rollout.rollback(f"the release pipeline ended as {state}", only_run=run)
+        print(f"rolled back {taken}" if taken else "no canary of this run is there", flush=True)
+
+
+@contextmanager
+def _rollout(namespace: str, name: str, channel: str, run: str) -> Iterator[Any]:
+    from medforge.release.promote import trusted_keys
+    from medforge.rollout.kubernetes import Kubernetes
+    from medforge.rollout.rollout import Plan, Rollout
+    from medforge.storage import connect
+
+    api = Kubernetes.from_environment(namespace)
+    with connect(create=False) as store:
+        yield Rollout(api, store, Plan(name=name, channel=channel), trusted_keys(), f"pipeline {run}", run)
 
 
 def _base_name(run: RunConfig) -> str:

@@ -11,13 +11,13 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from medforge.config import RunConfig, load_config, parse_config
-from pipelines.compile import compile_pipeline, main
+from pipelines.compile import main, pipeline_of, write
 
 CONFIGS = sorted(Path(__file__).resolve().parents[2].glob("pipelines/configs/*.yaml"))
 
 
 def compiled(config: RunConfig, folder: Path) -> dict[str, Any]:
-    compile_pipeline(config, folder / "pipeline.yaml")
+    write(pipeline_of("retrain", config, None), folder / "pipeline.yaml")
     spec: dict[str, Any] = yaml.safe_load((folder / "pipeline.yaml").read_text())
     return spec
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from medforge.config import DataConfig
-from medforge.convert import conversations, slake, splits, vqa_rad
+from medforge.convert import conversations, parts, slake, splits, vqa_rad
 from medforge.convert.common import Format, Row, Source
 from medforge.dataset import Reject
 from medforge.dataset_writer import DatasetWriter, refuse_overwrite
@@ -41,13 +41,28 @@ def run(source: str, out: Path, data: DataConfig, seed: int = 0) -> dict[str, An
     missing, broken, of no known format or without a usable row, or when `out` is something else than a data set.
     """
     refuse_overwrite(out)
-    if source == PHANTOM or data.format == PHANTOM:
-        if source != PHANTOM or data.format not in (PHANTOM, "auto"):
-            raise ValueError(f"source {source!r} and format {data.format!r} do not go together: phantom is both")
-        return _convert(PHANTOM, Source(Path(), PHANTOM, data), out, seed)
-    with _local(source) as (path, name):
-        format_name = detect(path) if data.format == "auto" else data.format
-        return _convert(format_name, Source(path, name, data), out, seed)
+    with _opened(source, data) as (name, opened):
+        return _convert(name, lambda _: FORMATS[name].rows(opened), opened.path, out, data, seed)
+
+
+def run_shard(source: str, out: Path, data: DataConfig, shard: int) -> dict[str, Any]:
+    """Read the rows of shard number `shard` (from 0) of `data.shards` to a part at the folder `out`.
+
+    Returns what part.json says: the format, the shard, and how many rows the shard and the whole source have. Raises
+    ValueError as `run` does; a shard without a row is sound.
+    """
+    with _opened(source, data) as (name, opened):
+        return parts.write(out, name, FORMATS[name], opened, shard, data.shards)
+
+
+def join(folders: Sequence[Path], out: Path, data: DataConfig, seed: int = 0) -> dict[str, Any]:
+    """Make of the parts of all shards the data set that `run` makes of the source; returns its manifest.
+
+    Raises ValueError when a part is missing, is there twice, or was read from another state of the source.
+    """
+    refuse_overwrite(out)
+    found = parts.Parts.open(folders)
+    return _convert(found.format, found.rows, Path(data.source), out, data, seed)
 
 
 def detect(path: Path) -> str:
@@ -74,6 +89,19 @@ def _contents(path: Path) -> str:
 
 
 @contextmanager
+def _opened(source: str, data: DataConfig) -> Iterator[tuple[str, Source]]:
+    """The name of the source's format, and the source as the format's reader takes it."""
+    if source == PHANTOM or data.format == PHANTOM:
+        if source != PHANTOM or data.format not in (PHANTOM, "auto"):
+            raise ValueError(f"source {source!r} and format {data.format!r} do not go together: phantom is both")
+        yield PHANTOM, Source(Path(), PHANTOM, data)
+        return
+    with _local(source) as (path, name):
+        format_name = detect(path) if data.format == "auto" else data.format
+        yield format_name, Source(path, name, data)
+
+
+@contextmanager
 def _local(source: str) -> Iterator[tuple[Path, str]]:
     """The source as a local path, and the name it goes by."""
     if not source.startswith("s3://"):
@@ -91,13 +119,23 @@ def _local(source: str) -> Iterator[tuple[Path, str]]:
         yield path, (prefix or bucket).rsplit("/", 1)[-1]
 
 
-def _convert(format_name: str, source: Source, out: Path, seed: int) -> dict[str, Any]:
-    """Read twice: for what dealing has to know, then for writing. Image bytes are held for one row only."""
+def _convert(
+    format_name: str,
+    rows: Callable[[bool], Iterator[Row]],
+    where: Path,
+    out: Path,
+    data: DataConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Read twice: for what dealing has to know, then for writing. Image bytes are held for one row only.
+
+    `rows` gives the source's rows in their order; its argument says whether image bytes are wanted.
+    """
     form = FORMATS[format_name]
-    if source.data.licence and form.licence:
-        raise ValueError(f"licence {source.data.licence!r}: {format_name} is {form.licence}; leave the licence out")
+    if data.licence and form.licence:
+        raise ValueError(f"licence {data.licence!r}: {format_name} is {form.licence}; leave the licence out")
     members, sources, licences, rejects = [], set(), set(), []
-    for row in _rows(form, source):
+    for row in _told_apart(rows(False), data.languages):
         if isinstance(row, Reject):
             rejects.append(row)
         else:
@@ -106,12 +144,12 @@ def _convert(format_name: str, source: Source, out: Path, seed: int) -> dict[str
             licences.add(row[0].licence)
     if not members:
         if not rejects:
-            raise ValueError(f"{source.path}: has no rows")
+            raise ValueError(f"{where}: has no rows")
         reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(r.reason for r in rejects).most_common())
-        raise ValueError(f"{source.path}: not one row is usable ({reasons}); the first: {rejects[0].detail}")
-    dealt = iter(splits.assign(members, source.data, seed))
+        raise ValueError(f"{where}: not one row is usable ({reasons}); the first: {rejects[0].detail}")
+    dealt = iter(splits.assign(members, data, seed))
     with DatasetWriter(out, ", ".join(sorted(sources)), ", ".join(sorted(licences)), format_name) as writer:
-        for row in _rows(form, source):
+        for row in _told_apart(rows(True), data.languages):
             if isinstance(row, Reject):
                 writer.reject(row)
             else:
@@ -119,15 +157,14 @@ def _convert(format_name: str, source: Source, out: Path, seed: int) -> dict[str
     return writer.manifest
 
 
-def _rows(form: Format, source: Source) -> Iterator[Row]:
+def _told_apart(rows: Iterator[Row], languages: Sequence[str]) -> Iterator[Row]:
     """The reader's rows, the languages that are not wanted rejected, and true repeats given ids of their own.
 
     An id depends on its own row only (readers put the source's row id into it), so that it stays when rows around it
     come and go. Only a row that is the same in all of that is told apart, by counting.
     """
     seen: Counter[str] = Counter()
-    languages = source.data.languages
-    for row in form.rows(source):
+    for row in rows:
         if isinstance(row, Reject):
             yield row
             continue

@@ -25,6 +25,7 @@ Pair = tuple[Sample, list[bytes]]
 Row = Pair | Reject
 
 _HEAD_BYTES = 1 << 16
+_STAND_IN = ImageRef("", 1, 1)
 _SPECIAL = re.compile(r"<\|[a-z_]+(?::\d+)?\|>")
 _REASONS = {"empty-answer": "blank-answer", "empty-question": "blank-question"}
 
@@ -38,20 +39,27 @@ class RowError(Exception):
 
 
 class ImageFiles:
-    """The images of a source. Each is decoded once, however often it is asked for; bytes are handed on unchanged."""
+    """The images of a source. Each is decoded once, however often it is asked for; bytes are handed on unchanged.
+
+    While `asleep`, no image is opened and a stand-in is given: for the rows of other shards, of which a reader needs
+    no more than what they claim.
+    """
 
     def __init__(self) -> None:
+        self.asleep = False
         self._refs: dict[str, ImageRef | str] = {}
         self._claims: dict[Path, str] = {}
 
     def load(self, path: Path) -> tuple[ImageRef, bytes]:
         """The image file at `path`. Raises RowError unreadable-image."""
+        if self.asleep:
+            return _STAND_IN, b""
         data = path.read_bytes()
         return self._ref(str(path), data, path.name), data
 
     def of_bytes(self, data: bytes) -> ImageRef:
         """The image in `data`. Raises RowError unreadable-image."""
-        return self._ref(sha256_bytes(data), data, "the embedded image")
+        return _STAND_IN if self.asleep else self._ref(sha256_bytes(data), data, "the embedded image")
 
     def _ref(self, key: str, data: bytes, name: str) -> ImageRef:
         if key not in self._refs:
@@ -91,7 +99,8 @@ class Source:
 class Format:
     """A source format: its licence (empty when the user has to tell it), what it needs, and its reader.
 
-    `found` says what it recognises in a folder or file, or None; `rows` yields a sample or a reject for every row.
+    `found` says what it recognises in a folder or file, or None; `rows` yields a sample or a reject for every row, and
+    reads no further than the row that it yields (a shard lets the images of others sleep, row by row).
     """
 
     licence: str

@@ -160,7 +160,8 @@ def _make(source: Source, file: _File, row: Any) -> Pair:
     names = _image_names(row, file) or inline
     if not names and isinstance(row.get("id"), str) and any(IMAGE_MARK in turn.text for turn in turns):
         names = [row["id"] if PurePosixPath(row["id"]).suffix else f"{row['id']}.png"]  # Med-GRIT: the id is the stem
-    loaded = [source.images.load(_find(source, name)) for name in names]
+    found_images = [_find(source, name) for name in names]  # all are claimed before one may turn out unreadable
+    loaded = [source.images.load(path) for path in found_images]
     refs = tuple(ref for ref, _ in loaded)
     turns, found_boxes = boxes.extract(_with_marks(turns, len(refs)))
     if turns[-1].role != "assistant":

@@ -163,7 +163,7 @@ class Rollout:
             self._map.write(lambda routing: Routing(Place(routing.stable.url, digest), None, 0.0))
             promote_channel(self._store, bucket, digest, self._plan.channel, self._trusted, self._now())
             self._note("promoted", digest, channel=self._plan.channel)
-            self._settle("no gateway asks the canary")
+            pass
             self._api.delete(INFERENCE_SERVICES, self._canary_name)
         self._say(f"{digest[:12]} is given to all callers; {self._plan.channel} names it")
         return digest
@@ -223,7 +223,7 @@ class Rollout:
         if back:
             self._back(bucket, served, previous, reason, note)
         if canary is not None:
-            self._settle("no gateway asks the canary")
+            pass
             self._api.delete(INFERENCE_SERVICES, self._canary_name)
         taken = served if back else tried
         if not back and not self._missing(self._stable_name, served):
@@ -239,7 +239,7 @@ class Rollout:
         """The stable service to the release before."""
         check_release(self._store, bucket, previous, self._trusted)
         self._any_stable()
-        self._set_stable(served, previous, {})
+        self._set_stable(served, previous, {BACK_FROM: served})
         note("stable", previous, before=served, reason=reason)
         self._await(self._stable_name, previous)
         self._map.write(lambda routing: replace(routing, stable=Place(routing.stable.url, previous)))

@@ -1,7 +1,9 @@
 """Several processes for one stage: torchrun on this machine, one process a device.
 
-python -m medforge.train.launch JOB.json N     starts torchrun (called by `launch`)
-python -m medforge.train.launch JOB.json       is what each process runs
+On several machines, each does this, and torchrun's own variables (PET_…) say which machine it is: see `node`.
+
+python -m medforge.train.launch JOB.json N [--standalone]   starts torchrun (called by `launch`)
+python -m medforge.train.launch JOB.json                    is what each process runs
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def launch(job: Job) -> None:
     error = job.work / "error.txt"
     error.unlink(missing_ok=True)
     write_atomic(path, job.model_dump_json())
-    command = [sys.executable, "-m", "medforge.train.launch", str(path), str(job.parallel.processes)]
+    place = ["--standalone"] if job.parallel.nodes == 1 else []
+    command = [sys.executable, "-m", "medforge.train.launch", str(path), str(job.parallel.processes), *place]
     threads = max(1, (os.cpu_count() or 1) // job.parallel.processes)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     with subprocess.Popen(command, env=environment) as child:  # noqa: S603  our own module and paths
@@ -58,13 +61,13 @@ def _forward(child: subprocess.Popen[bytes]) -> Any:
     return signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
 
 
-def _agent(path: Path, processes: int) -> None:
+def _agent(path: Path, processes: int, place: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.run import main
 
     end_with_parent()
     try:
-        main(["--standalone", "--nproc-per-node", str(processes), "-m", "medforge.train.launch", str(path)])
+        main([*place, "--nproc-per-node", str(processes), "-m", "medforge.train.launch", str(path)])
     except SignalException as error:  # it has passed the signal on and waited; Python would end with 1
         raise SystemExit(128 + error.sigval) from None
 
@@ -87,7 +90,7 @@ def _process(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        _agent(Path(sys.argv[1]), int(sys.argv[2]))
+    if len(sys.argv) > 2:
+        _agent(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
     else:
         _process(Path(sys.argv[1]))

@@ -88,7 +88,7 @@ def decisions(job: Job, material: Material, model: Any, device: Any) -> Speed:
         activation_bytes=activation_bytes(config.text_config, job.stage.micro_tokens, itemsize),
         memory_bytes=free_memory(device),
         disk_bytes=free_disk(job.features),
-        in_step=job.parallel.strategy == "zero3" and job.parallel.processes > 1,
+        in_step=job.parallel.strategy == "zero3" and job.parallel.world > 1,
         questions_per_row=plan.epoch_size / max(1, rows),
     )
     return decide(job.stage, facts)
@@ -116,7 +116,7 @@ def explain(job: Job) -> str:
     head = (
         f"stage {job.stage.name}: {len(material.train)} training and {len(material.held_out)} validation samples, "
         f"{plan.steps} steps of {plan.taken / plan.steps:.1f} samples ({plan.taken / plan.epoch_size:.2f} epochs), "
-        f"{job.stage.method} on {len(targets)} layers, {job.parallel.processes} x {device.type}"
+        f"{job.stage.method} on {len(targets)} layers, {job.parallel.world} x {device.type}"
     )
     return f"{head}\n{speed.explain()}"
 
@@ -131,7 +131,7 @@ def build(job: Job, material: Material, device: Any) -> tuple[Any, dict[str, str
 
     family, stage = family_of(job.base), job.stage
     # ZeRO-3 takes the weights to the device a shard at a time: the whole may not fit
-    sharded = job.parallel.strategy == "zero3" and job.parallel.processes > 1
+    sharded = job.parallel.strategy == "zero3" and job.parallel.world > 1
     model = load_model(job.base, job.model.dtype, job.before, device="cpu" if sharded else None)
     speed = decisions(job, material, model, device)
     if speed.fused:

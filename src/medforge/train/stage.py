@@ -40,14 +40,20 @@ def run(
     is not finite, or memory runs out; SystemExit(143) after SIGTERM, with a checkpoint written.
     """
     job = job_of(inputs, out, work, logs, stage, model_config, seed, parallel, checkpoints)
-    number = len(job.before) + 1
+    if job.parallel.nodes > 1:
+        raise ValueError(f"parallel.nodes: {job.parallel.nodes} machines take a cluster; this is one machine")
     if job.parallel.processes > 1:
         from medforge.train.launch import launch
 
         launch(job)
     else:
         train(job)
-    return dict(read_json(out / f"{number:02d}-{stage.name}" / "stage.json"))
+    return told(job)
+
+
+def told(job: Job) -> dict[str, Any]:
+    """The content of the stage.json of a job that is done."""
+    return dict(read_json(job.out / f"{len(job.before) + 1:02d}-{job.stage.name}" / "stage.json"))
 
 
 def job_of(
@@ -98,8 +104,9 @@ def train(job: Job) -> None:
         identity = job.identity(material.data_digest)
         url = f"{job.checkpoints.url.rstrip('/')}/{job.stage.name}-{identity[:16]}" if job.checkpoints.url else None
         say = print if chief else lambda *_: None
-        kept = checkpoints.Checkpoints(job.work / "checkpoints", job.checkpoints.keep, url if chief else None, say)
-        state = _resume(job, kept, engine, identity, chief)
+        fetches = world.local_rank == 0  # one process of each machine: the disk is the machine's
+        kept = checkpoints.Checkpoints(job.work / "checkpoints", job.checkpoints.keep, url if fetches else None, say)
+        state = _resume(job, kept, engine, identity, world)
         shown = board.Board(
             job.logs, job.stage.name, material.plan.steps, state.step, lambda: throughput.peak_memory(world.device)
         ) if chief else None  # fmt: skip
@@ -141,25 +148,37 @@ def train(job: Job) -> None:
     parallel.stop(world)
 
 
-def _resume(job: Job, kept: Any, engine: Any, identity: str, chief: bool) -> Any:
-    """The state of the newest checkpoint of the same job, its weights put in place; a new state without one."""
+def _resume(job: Job, kept: Any, engine: Any, identity: str, world: Any) -> Any:
+    """The state of the newest checkpoint of the same job, its weights put in place; a new state without one.
+
+    Process 0 says which; one process of each other machine fetches it, and where one cannot, an older one is taken.
+    """
     from medforge.train.loop import State
 
+    chief = world.rank == 0
     unfit: set[int] = set()
 
     def fits(state: Any) -> bool:
         return bool(state.get("identity") == identity and state["step"] not in unfit)
 
-    found = kept.latest(fits) if chief else None
-    while found is not None and not _has_best(kept, found):
-        print(f"{job.stage.name}: the best checkpoint before step {found.step} is gone: it is made again", flush=True)
-        unfit.add(found.step)
-        found = kept.latest(fits)
-    step = engine.most(found.step if found else 0)  # the others wait for what process 0 may have to fetch
-    if not step:
-        return State()
-    if not chief:
-        found = kept.latest(lambda state: fits(state) and state["step"] == step, fetch=False)
+    while True:
+        found = kept.latest(fits) if chief else None
+        while found is not None and not _has_best(kept, found):
+            print(
+                f"{job.stage.name}: the best checkpoint before step {found.step} is gone: it is made again", flush=True
+            )
+            unfit.add(found.step)
+            found = kept.latest(fits)
+        step = engine.most(found.step if found else 0)  # the others wait for what process 0 may have to fetch
+        if not step:
+            return State()
+        if not chief:
+            found = _fetched(kept, fits, step, engine, world)
+        else:
+            engine.most(0)
+        if not engine.any(found is None):
+            break
+        unfit.add(step)
     assert found is not None and found.step == step
     engine.load_state({name: found.tensors(name) for name in ("weights", "exp_avg", "exp_avg_sq", "step")})
     values = {name: value for name, value in found.state.items() if name != "identity"}
@@ -167,6 +186,19 @@ def _resume(job: Job, kept: Any, engine: Any, identity: str, chief: bool) -> Any
     if chief:
         print(f"{job.stage.name}: goes on after step {step}", flush=True)
     return State(**values)
+
+
+def _fetched(kept: Any, fits: Any, step: int, engine: Any, world: Any) -> Any:
+    """The checkpoint of `step`, which the first process of a machine fetches to it; None if it cannot be had."""
+
+    def wanted(state: Any) -> bool:
+        return bool(fits(state) and state["step"] == step)
+
+    here = kept.latest(wanted, fetch=False)
+    if here is None and world.local_rank == 0:
+        here = kept.latest(wanted)
+    engine.most(0)  # the others of this machine wait for it
+    return here or kept.latest(wanted, fetch=False)
 
 
 def _has_best(kept: Any, found: Any) -> bool:

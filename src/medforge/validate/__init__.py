@@ -17,9 +17,11 @@ from medforge.dataset_writer import DatasetWriter, refuse_overwrite
 from medforge.files import list_files, sha256_file, write_json
 from medforge.progress import Progress
 from medforge.records import ImageRef, Sample
+from medforge.validate import shards
 from medforge.validate.checks import Checked, Repeats, check_sample
 from medforge.validate.leakage import Holdings
 from medforge.validate.leakage import report as leakage_report
+from medforge.validate.shards import Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +34,6 @@ SOUND = (SHARED, "duplicate")  # nothing is wrong with these: they do not count 
 _CHUNK = 64
 _IMAGES_A_WORKER = 1000
 _EXAMPLES = 20
-Task = tuple[str, int, int]  # split, first sample, the one after the last
 Settings = tuple[Path, Path, ModelConfig]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -48,24 +49,27 @@ def run(
     data: DataConfig,
     model_config: ModelConfig,
     workers: int | None = None,
+    checks: Sequence[Path] | None = None,
 ) -> dict[str, Any]:
     """Write the samples of `dataset` that training can use with the model in the folder `model` to `out`.
 
     Returns the report, which also stands in `out`/validation.json: counts, token and image statistics, leakage,
     conflicts, settings and digests. The result does not depend on `workers` (default: by the
-    number of images and of processors).
+    number of images and of processors), nor on whether the samples are checked here or were by the shards whose
+    `checks` these are.
 
     Raises ValueError when more than `data.max_rejected` of the samples are broken (then `<out>.rejected.json` holds
     the report and every reject), or a split is left empty; WorkerKilledError when a worker process is killed.
     """
     refuse_overwrite(out)
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers is {workers}; at least 1 is needed")
-    if not (model / "config.json").is_file():
-        raise ValueError(f"{model}: has no config.json, so it is no model folder")
-    source = Dataset.open(dataset)
+    source = _open(dataset, model, workers)
     samples = [sample for split in source.splits() for sample in source.samples(split)]
-    checked = _check_all(dataset, model, source, model_config, workers or _workers_for(samples))
+    settings = _settings(model, data, model_config)
+    if checks is None:
+        tasks = _tasks(source)
+        checked = _check(dataset, model, model_config, tasks, workers or _workers_for(samples))
+    else:
+        checked = shards.read(checks, source.digest, settings, _tasks(source))
     repeats = Repeats()
     kept, lengths, rejects = [], [], []
     for sample, result in zip(samples, checked, strict=True):
@@ -92,7 +96,7 @@ def run(
         "images": _image_statistics(kept),
         "leakage": leakage,
         "conflicts": {"count": len(repeats.conflicts), "examples": repeats.conflicts[:_EXAMPLES]},
-        "settings": _settings(model, data, model_config),
+        "settings": settings,
     }
     failed = out.with_name(f"{out.name}.rejected.json")
     _refuse_too_many(samples, kept, rejects, report, data, failed)
@@ -114,6 +118,37 @@ def run(
                 progress.advance()
     failed.unlink(missing_ok=True)
     return report | {"dataset_out": writer.manifest["root"]}
+
+
+def run_shard(
+    dataset: Path,
+    model: Path,
+    out: Path,
+    data: DataConfig,
+    model_config: ModelConfig,
+    shard: int,
+    workers: int | None = None,
+) -> int:
+    """Check the samples of shard number `shard` (from 0) of `data.shards`; the file `out` is for `run`'s `checks`.
+
+    Returns how many samples were checked. Raises ValueError as `run` does for what is given.
+    """
+    if not 0 <= shard < data.shards:
+        raise ValueError(f"shard {shard}: there are {data.shards} shards (data.shards), counted from 0")
+    source = _open(dataset, model, workers)
+    tasks = _tasks(source)[shard :: data.shards]
+    samples = [sample for split, start, stop in tasks for sample in source.samples(split)[start:stop]]
+    checked = list(_check(dataset, model, model_config, tasks, workers or _workers_for(samples)))
+    shards.write(out, source.digest, _settings(model, data, model_config), (shard, data.shards), tasks, checked)
+    return len(checked)
+
+
+def _open(dataset: Path, model: Path, workers: int | None) -> Dataset:
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; at least 1 is needed")
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model}: has no config.json, so it is no model folder")
+    return Dataset.open(dataset)
 
 
 def _reject(sample: Sample, reason: str, detail: str) -> Reject:
@@ -149,9 +184,13 @@ def _refuse_too_many(
 # --- checking in parallel
 
 
-def _check_all(dataset: Path, model: Path, source: Dataset, config: ModelConfig, workers: int) -> Iterator[Checked]:
-    """What `check_sample` says of every sample, in the order of the samples, whatever the number of workers."""
-    tasks = [(split, *span) for split in source.splits() for span in _chunks(source.samples(split))]
+def _tasks(source: Dataset) -> list[Task]:
+    """All samples, in their order, as spans that are checked at once."""
+    return [(split, *span) for split in source.splits() for span in _chunks(source.samples(split))]
+
+
+def _check(dataset: Path, model: Path, config: ModelConfig, tasks: Sequence[Task], workers: int) -> Iterator[Checked]:
+    """What `check_sample` says of every sample of `tasks`, in their order, whatever the number of workers."""
     total = sum(stop - start for _, start, stop in tasks)
     settings = (dataset, model, config)
     with Progress("validating", total, "sample") as progress:

@@ -42,3 +42,10 @@ def test_progress_is_written_over_on_a_terminal(tmp_path: Path) -> None:
 def test_a_broken_progress_line_is_shown_as_it_is(tmp_path: Path) -> None:
     shown, _ = show(tmp_path, '    {"progress": "tr\n', io.StringIO())
     assert shown == '    {"progress": "tr\n' + RUN
+
+
+def test_steps_side_by_side_are_shown_whatever_their_indentation(tmp_path: Path) -> None:
+    shown, _ = show(
+        tmp_path, "train-0: running\n            train-1: running\n        [KFP Executor] x\n", io.StringIO()
+    )
+    assert shown == "    train-0: running\n    train-1: running\n" + RUN
