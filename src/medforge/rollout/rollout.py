@@ -163,7 +163,7 @@ class Rollout:
             self._map.write(lambda routing: Routing(Place(routing.stable.url, digest), None, 0.0))
             promote_channel(self._store, bucket, digest, self._plan.channel, self._trusted, self._now())
             self._note("promoted", digest, channel=self._plan.channel)
-            pass
+            self._settle("no gateway asks the canary")
             self._api.delete(INFERENCE_SERVICES, self._canary_name)
         self._say(f"{digest[:12]} is given to all callers; {self._plan.channel} names it")
         return digest
@@ -223,7 +223,7 @@ class Rollout:
         if back:
             self._back(bucket, served, previous, reason, note)
         if canary is not None:
-            pass
+            self._settle("no gateway asks the canary")
             self._api.delete(INFERENCE_SERVICES, self._canary_name)
         taken = served if back else tried
         if not back and not self._missing(self._stable_name, served):

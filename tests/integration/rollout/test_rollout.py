@@ -22,7 +22,7 @@ from medforge.rollout.kubernetes import ApiError, Kubernetes
 from medforge.rollout.routing import LockedError
 from medforge.s3 import Entry
 from medforge.storage import Entries, Names, Store
-from tests.integration.rollout.cluster import NAMESPACE, TOKEN
+from tests.integration.rollout.cluster import NAMESPACE, TOKEN, stable_service
 from tests.integration.rollout.conftest import Site
 
 URL = f"http://medforge-{{}}-predictor.{NAMESPACE}.svc.cluster.local/openai/v1"
@@ -528,3 +528,37 @@ def test_a_release_is_verified_and_downloaded(site: Site, run: Callable[..., tup
     assert [path.name for path in target.parent.iterdir()] == ["release"]
     unsigned = site.publish(0.9, approved=False)
     assert "is unsigned" in run("verify-release", unsigned, "--bucket", site.bucket)[1]
+
+
+def test_of_two_that_read_at_the_same_moment_one_is_refused(site: Site, old: str) -> None:
+    """The second takes the lock between the first's look at it and its write."""
+    new = site.publish(0.8)
+    other = site.rollout(run="run-2")
+    taken = other._map.held()
+
+    def meanwhile(method: str, path: str) -> None:
+        if method == "PATCH":
+            site.cluster.before = lambda method, path: None
+            taken.__enter__()
+
+    site.cluster.before = meanwhile
+    with pytest.raises(LockedError, match="a rollout by run-2 is under way"):
+        site.rollout(run="run-1").deploy(new, 0.1)
+    assert state(site)["canary"] is None
+    assert state(site)["holder"]["medforge.io/rollout-holder"] == "run-2"
+
+
+def test_a_stable_service_that_was_changed_meanwhile_is_not_overwritten(site: Site, old: str) -> None:
+    new, theirs = site.publish(0.8), site.publish(0.9)
+    site.rollout().deploy(new, 0.1)
+
+    def meanwhile(method: str, path: str) -> None:
+        if method == "PATCH" and path.endswith("medforge-stable"):
+            site.cluster.before = lambda method, path: None
+            changed = stable_service(theirs, site.bucket, {})
+            site.cluster.apply("inferenceservices", changed, "somebody", True)
+
+    site.cluster.before = meanwhile
+    with pytest.raises(ValueError, match=f"has been changed to release {theirs[:12]} by somebody else"):
+        site.rollout().promote()
+    assert state(site)["stable"] == theirs
