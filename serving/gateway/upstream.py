@@ -38,9 +38,6 @@ _MOST_BYTES = 16 << 20  # of an answer that is read whole
 
 
 Table = dict[Track, Upstream]
-# A request keeps the table that it was routed by: it ends at the upstream where it began, and its answer bears that
-# one's release, also if the routing changes meanwhile.
-_kept: ContextVar[Table] = ContextVar("medforge.upstreams")
 
 
 class Upstreams:
@@ -50,6 +47,9 @@ class Upstreams:
         self._settings, self._metrics = settings, metrics
         self._follower = Follower(settings.routing, metrics, self.take) if settings.routing else None
         self._table: Table = {}
+        # a request keeps the table that it was routed by: it ends at the upstream where it began, and its answer bears
+        # that one's release, also if the routing changes meanwhile
+        self._kept: ContextVar[Table] = ContextVar("medforge.upstreams")
         self._incoming: Upstream | None = None  # the next stable predictor, until it is ready
         self.weight = 0.0
         self._budget = RetryBudget(settings.retry_budget)
@@ -128,7 +128,7 @@ class Upstreams:
 
         What is asked of the track afterwards, in the same task, is of the upstream that it has now.
         """
-        _kept.set(self._table)
+        self._kept.set(self._table)
         chosen = track(caller.id, self.weight)
         if chosen == "candidate" and not self.healthy(chosen):
             chosen = "stable"
@@ -142,7 +142,7 @@ class Upstreams:
 
     def get(self, track: Track) -> Upstream:
         """The upstream of a track."""
-        return _kept.get(self._table)[track]
+        return self._kept.get(self._table)[track]
 
     def release(self, track: Track) -> api.Release:
         """What the track serves."""
@@ -188,6 +188,7 @@ class Upstreams:
         attempt = 0
         left = time_left(context)
         while True:
+            began = time.monotonic()  # an answer's time includes that to its head
             try:
                 response = await self._send(upstream, body, context)
                 break
@@ -203,7 +204,6 @@ class Upstreams:
                     raise failure.error from None
                 await asyncio.sleep(wait)
                 self._metrics.upstream_retries.labels(track).inc()
-        began = time.monotonic()
         outcome = "cancelled"
         try:
             yield response
