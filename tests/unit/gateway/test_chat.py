@@ -278,7 +278,7 @@ def test_an_answer_without_a_row_of_audit_is_not_given(gateway: Gateway, fake: F
     def fail(_: Any) -> Any:
         raise OSError("disk full")
 
-    monkeypatch.setattr(gateway.parts.audit, "submit", fail)
+    monkeypatch.setattr(gateway.parts.audit, "_write", fail)
     answer = gateway.client.post(PATH, json=body())
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "audit-unavailable")
     got = b""
