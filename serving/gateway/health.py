@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from serving.gateway.errors import GatewayError
 from serving.gateway.parts import Parts
 
-_DATABASE_SECONDS = 2.0
+_SECONDS = 2.0  # for the database, and for the audit log
 
 
 def router() -> APIRouter:
@@ -49,15 +49,30 @@ async def readiness(parts: Parts) -> tuple[list[str], dict[str, Any]]:
         }
         if track == "stable" and upstream.problem:
             reasons.append(f"the stable upstream {upstream.problem}")
+        elif track == "stable" and upstream.breaker.wait:
+            # when the wait is over the gateway is ready again, so that a request comes and tries the upstream
+            reasons.append("the stable upstream has failed too often; its circuit is open")
     if not await _database_answers(parts):
         reasons.append("the database does not answer")
+    if not await _audit_writes(parts):
+        reasons.append("the audit log cannot be written")
     return reasons, {"upstreams": upstreams}
 
 
 async def _database_answers(parts: Parts) -> bool:
     """Whether it does, in time."""
     try:
-        await asyncio.wait_for(parts.database.ping(), _DATABASE_SECONDS)
+        await asyncio.wait_for(parts.database.ping(), _SECONDS)
     except (GatewayError, asyncio.TimeoutError):
         return False
     return True
+
+
+async def _audit_writes(parts: Parts) -> bool:
+    """Whether an answer would get its row, without which it is not given."""
+    if not parts.audit.refused:
+        return True
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(parts.audit.probe), _SECONDS)
+    except asyncio.TimeoutError:
+        return False

@@ -39,8 +39,11 @@ class Metrics:
             ("reason",),
             registry=r,
         )
+        self.errors = Counter(
+            "medforge_gateway_errors", "Requests that were refused or failed, by the error's code.", ("code",), registry=r
+        )
         self.upstream_seconds = Histogram(
-            "medforge_gateway_upstream_seconds", "An attempt at an upstream.", ("track", "outcome"),
+            "medforge_gateway_upstream_seconds", "An attempt at an upstream, to its answer's end.", ("track", "outcome"),
             buckets=SECONDS, registry=r,
         )  # fmt: skip
         self.upstream_retries = Counter(

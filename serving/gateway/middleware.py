@@ -182,6 +182,8 @@ class Envelope:
         client = exchange.caller.kind if exchange.caller else "unknown"
         self.metrics.requests.labels(route, str(wire.status), client).inc()
         self.metrics.seconds.labels(route).observe(now - exchange.started)
+        if exchange.error is not None:
+            self.metrics.errors.labels(exchange.error).inc()
         if wire.first_byte is not None:
             self.metrics.first_byte.labels(route).observe(wire.first_byte - exchange.started)
         logger().info(

@@ -8,7 +8,8 @@ it is found by a head (a row's hash) that was noted elsewhere, which must still 
 A file has one writer, which holds a lock on it. Given a folder, a writer takes the first of
 audit-<host>-0.jsonl, audit-<host>-1.jsonl, … that nobody holds, so that a restart goes on with its file and replicas
 on one volume do not meet. Nothing is ever rewritten: what a crash left of a row stays, and is closed by a row
-{event: "truncated", bytes, sha256} that says what stands there.
+{event: "truncated", bytes, sha256} that says what stands there. Where rows could not be written for a while (a full
+disk), the first row after it may be {event: "resumed", refused}: how many were not.
 
 No health information: an entry's fields are those of FIELDS, and its values are numbers or short names.
 """
@@ -67,6 +68,8 @@ class AuditLog:
             raise
         self._closing = threading.Lock()
         self._closed = False
+        self._probing = threading.Lock()
+        self.refused = 0  # rows that could not be written since the last that was
         self._waiting: queue.SimpleQueue[tuple[dict[str, Any], Told] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._work, name="audit", daemon=True)
         self._writer.start()
@@ -96,6 +99,23 @@ class AuditLog:
                 raise OSError(f"{self.path}: the audit log is closed")
             self._waiting.put((row, told))
 
+    def probe(self) -> bool:
+        """Whether rows can be written. After a failure that is found out by writing one, so it may take a while.
+
+        Whoever sends nothing more because nothing was written would otherwise never learn that there is room again.
+        """
+        if self.refused and self._probing.acquire(blocking=False):
+            try:
+                tried = threading.Event()
+                with self._closing:
+                    if self._closed:
+                        return False
+                    self._waiting.put(({"event": "resumed", "refused": self.refused}, lambda _: tried.set()))
+                tried.wait()
+            finally:
+                self._probing.release()
+        return not self.refused
+
     def close(self) -> None:
         """Write what waits, and give the file free."""
         with self._closing:
@@ -119,8 +139,10 @@ class AuditLog:
             outcomes: Sequence[str | Exception]
             try:
                 outcomes = self._write([row for row, _ in batch])
+                self.refused = 0
             except Exception as error:  # whoever waits is told; the next rows are tried anew
                 outcomes = [error] * len(batch)
+                self.refused += sum("event" not in row for row, _ in batch)
             for (_, told), outcome in zip(batch, outcomes, strict=True):
                 told(outcome)
             if last:

@@ -19,6 +19,7 @@ from medforge.files import list_files, sha256_bytes, tree_digest, write_json
 from medforge.release.policy import judge
 from medforge.release.publish import (
     channels,
+    copy_release,
     fetch_release,
     list_releases,
     publish,
@@ -92,6 +93,11 @@ def test_a_release_is_published_found_and_fetched(
     assert tree_digest(tmp_path / "model") == tree_digest(parts["model"])
     with pytest.raises(ValueError, match="has no folder 'adapter'"):
         fetch_release(store, bucket, digest, tmp_path / "none", part="adapter")
+
+    store.put(bucket, f"releases/{digest}/signatures/one.json", b"{}")
+    copy_release(store, bucket, digest, tmp_path / "whole")
+    assert sorted([*names, "manifest.json", "signatures/one.json"]) == list_files(tmp_path / "whole")
+    assert sha256_bytes((tmp_path / "whole" / "manifest.json").read_bytes()) == digest
 
     card = (tmp_path / "got" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -180,7 +186,6 @@ def test_a_tampered_release_is_refused(
     time.sleep(0.02)  # the server lists what changes beneath it after milliseconds
     with pytest.raises(ValueError, match=r"corrupted|evil\.py|weights\.bin\) missing"):
         fetch_release(store, bucket, digest, tmp_path / "got")
-    assert not (tmp_path / "got").exists()
     if damage != "model/weights.bin":  # a listing and the small files tell; the big ones are read by `fetch_release`
         assert list_releases(store, bucket)[0]["problem"]
         key = tmp_path / "key"
@@ -315,3 +320,11 @@ def test_the_commands(
     assert row + "refused" in run("releases", "--trusted", "anna.pub")[1]
     assert run("approve", "champion", "--key", "anna", "--reviewer", "Anna")[0] == 1
     assert run("releases", "--trusted", "anna")[0] == 1
+
+    status, told = run("store", "get", f"s3://medforge/releases/{digest}", "copy")
+    assert (status, told.endswith(" bytes\n")) == (0, True)  # and not: no manifest was there
+    assert len(list_files(tmp_path / "copy" / "signatures")) == 2
+    weights = Path(f".medforge/store/medforge/releases/{digest}/model/weights.bin")
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+    assert run("store", "get", f"s3://medforge/releases/{digest}", "changed")[0] == 1
+    assert not (tmp_path / "changed").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def add(commands: Any) -> None:
     ls = group.add_parser("ls", help="list the buckets, or the objects below a prefix")
     ls.add_argument("url", nargs="?", metavar="s3://BUCKET/PREFIX")
     ls.set_defaults(run=_ls)
-    get = group.add_parser("get", help="download an object or a folder, each file checked by its SHA-256")
+    get = group.add_parser("get", help="download an object or a folder, checked by its manifest's SHA-256")
     get.add_argument("url", metavar="s3://BUCKET/PREFIX")
     get.add_argument("target", type=Path, metavar="TARGET")
     get.set_defaults(run=_get)
@@ -83,6 +84,7 @@ def _ls(arguments: argparse.Namespace) -> None:
 
 
 def _get(arguments: argparse.Namespace) -> None:
+    from medforge.release.publish import copy_release
     from medforge.storage import connect, parse_url
 
     bucket, prefix = parse_url(arguments.url)
@@ -95,7 +97,11 @@ def _get(arguments: argparse.Namespace) -> None:
             store.download_file(bucket, prefix, target)
             print(f"{target}: one object, {target.stat().st_size:,} bytes")
         else:
-            files = store.download_folder(bucket, prefix, target)
+            release = re.fullmatch(r"releases/([0-9a-f]{64})/?", prefix)
+            if release:  # its manifest has the SHA-256 of its files, and its name is the manifest's
+                files = copy_release(store, bucket, release[1], target)
+            else:
+                files = store.download_folder(bucket, prefix, target)
             checked = "" if any(i["sha256"] for i in files.values()) else "; no manifest was there to check them by"
             print(f"{target}: {len(files)} files, {sum(i['size'] for i in files.values()):,} bytes{checked}")
 

@@ -220,6 +220,23 @@ def fetch_release(store: Store, bucket: str, digest: str, target: Path, part: st
     return manifest
 
 
+def copy_release(store: Store, bucket: str, digest: str, target: Path) -> FileTable:
+    """Download a release as it stands, with its manifest and what reviewers signed, to the folder `target`.
+
+    Returns the files' table; a signature's own digest is None, as it is proved by its reviewer's key and not by the
+    manifest. Every other file is checked as by `fetch_release`.
+    """
+    manifest, _ = read_release(store, bucket, digest)
+    prefix = f"releases/{digest}/"
+    sizes = {entry.key.removeprefix(prefix): entry.size for entry in store.list(bucket, prefix)}
+    beside = {name: size for name, size in sizes.items() if name == MANIFEST or name.startswith(SIGNATURES)}
+    files = manifest["files"] | {
+        name: {"sha256": digest if name == MANIFEST else None, "size": size} for name, size in beside.items()
+    }
+    store.download_files(bucket, prefix, files, target)
+    return files
+
+
 def resolve(store: Store, bucket: str, name: str) -> str:
     """The digest that `name` means: a digest, a prefix of one of 6 characters or more, or a channel.
 

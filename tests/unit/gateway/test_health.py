@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
+
 import pytest
 
+from medforge import audit
 from serving.gateway import upstream
 from serving.gateway.errors import GatewayError
 from serving.gateway.settings import Settings
@@ -56,6 +60,39 @@ def test_a_database_that_is_away(gateway: Gateway, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(gateway.parts.database, "ping", fail)
     assert gateway.client.get("/readyz").json()["reasons"] == ["the database does not answer"]
+
+
+def test_a_circuit_that_is_open(gateway: Gateway) -> None:
+    breaker = gateway.parts.upstreams.get("stable").breaker
+    now = [0.0]
+    breaker._clock = lambda: now[0]
+    for _ in range(gateway.parts.settings.breaker_failures):
+        breaker.failure()
+    answer = gateway.client.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.json()["reasons"] == ["the stable upstream has failed too often; its circuit is open"]
+    now[0] = gateway.parts.settings.breaker_seconds  # a request may come now, and tries it
+    assert gateway.client.get("/readyz").status_code == 200
+
+
+def test_a_full_disk_under_the_audit_log(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ask = {"model": "medforge", "messages": [{"role": "user", "content": "Is it?"}]}
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "_write_all", full)
+        assert gateway.client.get("/readyz").status_code == 200  # nothing has been tried
+        for _ in range(2):
+            assert gateway.client.post("/v1/chat/completions", json=ask).status_code == 503
+        answer = gateway.client.get("/readyz")
+        assert (answer.status_code, answer.json()["reasons"]) == (503, ["the audit log cannot be written"])
+        assert gateway.metric("medforge_gateway_errors_total", code="audit-unavailable") == 2
+    # nobody sends a request to what is not ready: it finds out by itself that there is room again
+    assert gateway.client.get("/readyz").status_code == 200
+    rows = [json.loads(line) for line in gateway.parts.audit.path.read_text().splitlines()]
+    assert [(row["event"], row["refused"]) for row in rows] == [("resumed", 2)]
+    assert audit.verify(gateway.parts.audit.path)[0] == 1
 
 
 def test_draining(gateway: Gateway) -> None:

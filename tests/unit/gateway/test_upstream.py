@@ -183,6 +183,21 @@ def test_a_passing_failure_is_tried_again(fake: Fake) -> None:
         assert retried == 2
 
 
+def test_an_attempts_time_is_that_from_its_sending_to_the_answers_end(fake: Fake) -> None:
+    fake.first_byte_seconds = 0.3
+    fake.statuses.append(503)
+
+    async def test(upstreams: Upstreams) -> None:
+        await upstreams.complete(BODY, context(), "stable")
+
+    metrics = Metrics()
+    run(fake, test, metrics, retries=1)
+    name, labels = "medforge_gateway_upstream_seconds", {"track": "stable", "outcome": "answered"}
+    assert metrics.registry.get_sample_value(f"{name}_count", labels) == 1
+    assert 0.3 <= (metrics.registry.get_sample_value(f"{name}_sum", labels) or 0) < 5
+    assert metrics.registry.get_sample_value(f"{name}_count", {**labels, "outcome": "failed"}) == 1
+
+
 def test_it_is_not_tried_more_often_than_the_settings_say(fake: Fake) -> None:
     fake.statuses.extend([503] * 10)
     fake.retry_after = "7"
