@@ -40,7 +40,10 @@ class Metrics:
             registry=r,
         )
         self.errors = Counter(
-            "medforge_gateway_errors", "Requests that were refused or failed, by the error's code.", ("code",), registry=r
+            "medforge_gateway_errors",
+            "Requests that were refused or failed, by the error's code.",
+            ("code",),
+            registry=r,
         )
         self.upstream_seconds = Histogram(
             "medforge_gateway_upstream_seconds", "An attempt at an upstream, to its answer's end.", ("track", "outcome"),
