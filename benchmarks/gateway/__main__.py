@@ -7,6 +7,9 @@ by wrk. MedForge's gateway runs as it comes: it checks an API key and the image,
 disk (fsync) before it answers; only its rate limits are raised. LiteLLM checks a key. The plain proxy (FastAPI and
 httpx) checks and writes nothing. Each is one process; wrk, upstream and contender share the machine's cores.
 
+Two rows more stand before an upstream that parses the request and decodes the image, as every model's server has to:
+what is left of its throughput behind the gateway is what a predictor of no cost at all would keep.
+
 Latency is that over one connection, less that of the upstream alone; throughput that over many. Repeats go round the
 contenders, so that a slow spell of the machine meets all of them; medians count.
 """
@@ -102,6 +105,7 @@ Starters = dict[str, servers.Starter | None]
 def enter(only: str | None, cache: Path) -> tuple[list[report.Row], Starters, dict[str, dict[str, str | None]]]:
     """Who takes part, how it is started, and the versions. A peer that cannot be installed is a row with the reason."""
     rows = [report.Row(name) for name in CONTENDERS if only in (None, name) or name == DIRECT]
+    rows += [report.Row(name, reads=True) for name in (DIRECT, NAME) if only in (None, NAME)]
     starters: Starters = {DIRECT: None, NAME: servers.gateway}
     found = {NAME: versions(Path(sys.executable), PACKAGES[NAME])}
     peers = {PLAIN: servers.plain, LITELLM: servers.litellm}

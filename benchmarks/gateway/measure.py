@@ -46,12 +46,18 @@ def measure(row: Row, launch: servers.Starter | None, bench: Bench) -> None:
     try:
         with ExitStack() as stack:
             upstream = stack.enter_context(
-                servers.running("upstream", servers.upstream, "", bench.folder / f"{row.contender}-upstream", body)
+                servers.running(
+                    "upstream",
+                    servers.reading if row.reads else servers.upstream,
+                    "",
+                    bench.folder / f"{row.label}-upstream",
+                    body,
+                )
             )
             server = upstream
             if launch:
                 base = upstream.url.removesuffix(servers.CHAT) + "/v1"
-                folder = bench.folder / row.contender
+                folder = bench.folder / row.label
                 server = stack.enter_context(servers.running(row.contender, launch, base, folder, body))
             _repeat(row, server, bench, own=launch is not None)
             servers.check(row.contender, server, body)
@@ -77,7 +83,7 @@ def _repeat(row: Row, server: servers.Server, bench: Bench, own: bool) -> None:
     row.cpu_ms.append(1e3 * used / crowd.requests)
     if own:
         row.memory_bytes.append(memory(server.process.pid))
-    print(f"  {row.contender}: {alone.p50_ms:.2f} ms, {crowd.per_second:.0f} requests/s", file=sys.stderr, flush=True)
+    print(f"  {row.label}: {alone.p50_ms:.2f} ms, {crowd.per_second:.0f} requests/s", file=sys.stderr, flush=True)
 
 
 def processor_seconds(pid: int) -> float:

@@ -14,11 +14,13 @@ from benchmarks.gateway.servers import DIRECT, NAME, PLAIN
 class Row:
     """One contender; each list holds a figure for each repeat. A row with an `error` has no figures.
 
+    `reads`: the upstream parses the request and decodes the image, as every model's server does before its model.
     `p50_ms`, `p99_ms`: latency over one connection. `per_second`, `crowd_p99_ms`, `cpu_ms` (processor time of the
     server for a request): over all connections. `memory_bytes`: resident after that.
     """
 
     contender: str
+    reads: bool = False
     p50_ms: list[float] = field(default_factory=list)
     p99_ms: list[float] = field(default_factory=list)
     per_second: list[float] = field(default_factory=list)
@@ -27,15 +29,20 @@ class Row:
     memory_bytes: list[int] = field(default_factory=list)
     error: str | None = None
 
+    @property
+    def label(self) -> str:
+        """The row's name."""
+        return f"{self.contender}, reading" if self.reads else self.contender
+
     def middle(self, name: str) -> float | None:
         """The median of a list of figures; None where there is an error or none."""
         figures: list[float] = getattr(self, name)
         return median(figures) if figures and not self.error else None
 
 
-def find(rows: Sequence[Row], contender: str) -> Row | None:
-    """The row of a contender."""
-    return next((row for row in rows if row.contender == contender), None)
+def find(rows: Sequence[Row], contender: str, reads: bool = False) -> Row | None:
+    """The row of a contender before the upstream that answers at once, or before the one that reads."""
+    return next((row for row in rows if (row.contender, row.reads) == (contender, reads)), None)
 
 
 def added(row: Row, rows: Sequence[Row], name: str) -> float | None:
@@ -43,14 +50,14 @@ def added(row: Row, rows: Sequence[Row], name: str) -> float | None:
 
     The percentiles of both are taken apart: the difference of two 99th percentiles, not the 99th of differences.
     """
-    direct = find(rows, DIRECT)
+    direct = find(rows, DIRECT, row.reads)
     ours, theirs = row.middle(name), direct.middle(name) if direct else None
     return None if ours is None or theirs is None or row is direct else ours - theirs
 
 
 def share(row: Row, rows: Sequence[Row]) -> float | None:
     """A row's throughput as a share of the upstream's own."""
-    direct = find(rows, DIRECT)
+    direct = find(rows, DIRECT, row.reads)
     ours, theirs = row.middle("per_second"), direct.middle("per_second") if direct else None
     return None if ours is None or theirs is None else ours / theirs
 
@@ -91,14 +98,14 @@ def table(rows: Sequence[Row], connections: int) -> str:
             (row.middle("cpu_ms"), 2),
             (memory and memory / 2**20, 0),
         )
-        lines.append((row.contender, *(_number(value, digits) for value, digits in figures)))
+        lines.append((row.label, *(_number(value, digits) for value, digits in figures)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = [
         "  ".join(f"{cell:{'>' if column else '<'}{widths[column]}}" for column, cell in enumerate(line))
         for line in lines
     ]
     text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(text + [f"error: {row.contender}: {row.error}" for row in rows if row.error])
+    return "\n".join(text + [f"error: {row.label}: {row.error}" for row in rows if row.error])
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -114,7 +121,7 @@ def document(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
             "added_p50_ms": added(row, rows, "p50_ms"),
             "added_p99_ms": added(row, rows, "p99_ms"),
             "share_of_direct": share(row, rows),
-            "ratio": ratio(rows, row.contender),
+            "ratio": None if row.reads else ratio(rows, row.contender),
         }
         for row in rows
     ]

@@ -14,11 +14,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.environments import Environment
-from benchmarks.gateway.upstream import ANSWER, MODEL
+from benchmarks.gateway.upstream import ANSWER, MODEL, READS
 from medforge.files import write_json
 from medforge.lifetime import die_with_parent
 
@@ -82,6 +82,12 @@ def _uvicorn(python: Path | str, app: str, folder: Path, port: int) -> list[str]
 def upstream(place: Place) -> Launch:
     """The mock of a predictor."""
     return Launch(_uvicorn(sys.executable, "benchmarks.gateway.upstream:app", ROOT, place.port), OWN)
+
+
+def reading(place: Place) -> Launch:
+    """The mock that parses what it is sent and decodes the image."""
+    launch = upstream(place)
+    return replace(launch, environment={**launch.environment, READS: "1"})
 
 
 def plain(python: Path, place: Place) -> Launch:

@@ -14,14 +14,16 @@ import pytest
 from PIL import Image
 
 from benchmarks.gateway import __main__ as command
-from benchmarks.gateway import load, measure, report, servers
+from benchmarks.gateway import load, measure, report, servers, upstream
 from benchmarks.gateway.report import Row
 
 FIGURES = '{"requests": 400, "duration_us": 2000000, "p50_us": 4500, "p99_us": 9000, "bad_status": 0, "broken": 0}'
 
 
-def row(name: str, p50: list[float], per_second: list[float], error: str | None = None) -> Row:
-    return Row(name, p50, [value * 2 for value in p50], per_second, [30.0] * len(p50), [0.5] * len(p50), error=error)
+def row(name: str, p50: list[float], per_second: list[float], error: str | None = None, reads: bool = False) -> Row:
+    return Row(
+        name, reads, p50, [value * 2 for value in p50], per_second, [30.0] * len(p50), [0.5] * len(p50), error=error
+    )
 
 
 @pytest.fixture
@@ -82,6 +84,10 @@ def test_medians_shares_and_differences(rows: list[Row]) -> None:
     assert report.ratio(rows, "litellm") is None
     assert (broken.middle("p50_ms"), plain.middle("memory_bytes")) == (None, None)
     assert report.headline(rows) == "gateway: ratio 3.20 over fastapi+httpx"
+    # before the upstream that reads, a row is compared with that upstream, and the ratio stays what it was
+    slow = [row("direct", [4.0], [100.0], reads=True), row("medforge", [5.0], [90.0], reads=True)]
+    assert (report.share(slow[1], rows + slow), report.added(slow[1], rows + slow, "p50_ms")) == (0.9, 1.0)
+    assert report.headline(rows + slow) == report.headline(slow + rows) == "gateway: ratio 3.20 over fastapi+httpx"
 
 
 def test_a_ratio_needs_both(rows: list[Row]) -> None:
@@ -128,9 +134,11 @@ def test_a_whole_run_writes_the_results(stood_in: Path, tmp_path: Path, capsys: 
     assert command.main(["--cache", str(tmp_path), "--seconds", "5"]) == 0
     saved = json.loads(stood_in.read_text())
     assert capsys.readouterr().out.splitlines()[-1] == saved["headline"] == "gateway: ratio 3.00 over fastapi+httpx"
-    assert [one["contender"] for one in saved["results"]] == ["direct", "medforge", "fastapi+httpx", "litellm"]
-    assert [len(one["per_second"]) for one in saved["results"]] == [3, 3, 3, 3]
-    assert [one["share_of_direct"] for one in saved["results"]] == [1.0, 0.6, 0.2, 0.02]
+    names = ["direct", "medforge", "fastapi+httpx", "litellm", "direct", "medforge"]
+    assert [one["contender"] for one in saved["results"]] == names
+    assert [one["reads"] for one in saved["results"]] == [False] * 4 + [True] * 2
+    assert [len(one["per_second"]) for one in saved["results"]] == [3] * 6
+    assert [one["share_of_direct"] for one in saved["results"]] == [1.0, 0.6, 0.2, 0.02, 1.0, 0.6]
     assert saved["work"]["seconds"] == 5
 
 
@@ -196,3 +204,9 @@ def test_wrk_posts_the_body_and_its_figures_are_read(tmp_path: Path) -> None:
         assert 0 < sent.p50_ms <= sent.p99_ms
         with pytest.raises(ValueError, match="were answered with an error"):
             load.send("wrk", f"{server.url}/nothing", body, {}, 2, 1)
+
+
+def test_the_upstream_that_reads_decodes_the_image() -> None:
+    assert upstream.read(load.payload(load.picture(40))) == (40, 40)
+    with pytest.raises(OSError, match=r"truncated|identify|broken"):
+        upstream.read(load.payload(load.picture(40)[:-600]))
