@@ -18,9 +18,12 @@ from medforge.audit import AuditLog
 from serving.gateway import api
 from serving.gateway.database import Database
 from serving.gateway.drift import Drift
+from serving.gateway.jobstore import JobStore
 from serving.gateway.metrics import Metrics
 from serving.gateway.parts import Caller, ClientClass, Context, Parts
 from serving.gateway.settings import Settings
+
+NOW = 1_000_000.0  # when jobs are put into the store
 
 
 def png(shade: int = 100) -> str:
@@ -65,3 +68,9 @@ def keeping(folder: Path, **changes: Any) -> Iterator[Parts]:
     finally:
         audit.close()
         database.close()
+
+
+def add(store: JobStore, job: str = "job-1", count: int = 3, caller: str = "c", now: float = NOW) -> api.JobStatus:
+    """Put a job of so many questions into the store."""
+    items = [(ask(f"question {number}").model_dump_json().encode(), None) for number in range(count)]
+    return store.add(job, caller, None, items, now)
