@@ -10,8 +10,17 @@ SET ?=
 PORT ?= 8080
 CLUSTER ?=
 PIPELINE ?=
+RELEASE ?=
+CANARY ?=
+SERVING ?=
+WATCH_MINUTES ?=
+WATCH_REQUESTS ?=
 RUN_ARGUMENTS = $(if $(CONFIG),--config '$(CONFIG)') $(if $(DATA),--data '$(DATA)') $(foreach s,$(SET),--set '$(s)')
-CLUSTER_ARGUMENTS = $(RUN_ARGUMENTS) $(if $(CLUSTER),--cluster '$(CLUSTER)') $(if $(PIPELINE),--pipeline '$(PIPELINE)')
+RELEASE_ARGUMENTS = $(if $(RELEASE),--release '$(RELEASE)') $(if $(CANARY),--canary '$(CANARY)') \
+  $(if $(SERVING),--serving '$(SERVING)') $(if $(WATCH_MINUTES),--watch-minutes '$(WATCH_MINUTES)') \
+  $(if $(WATCH_REQUESTS),--watch-requests '$(WATCH_REQUESTS)')
+CLUSTER_ARGUMENTS = $(RUN_ARGUMENTS) $(if $(CLUSTER),--cluster '$(CLUSTER)') $(if $(PIPELINE),--pipeline '$(PIPELINE)') \
+  $(RELEASE_ARGUMENTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pipeline-run pipeline-compile pipeline-submit pipeline-upload pipeline-schedule pipeline-runs release \
@@ -49,7 +58,7 @@ pipeline-run: $(VENV)/.stamp-run ## run the pipeline here: [CONFIG=run.yaml] [DA
 pipeline-compile: $(VENV)/.stamp-run ## compile for Kubeflow: [CONFIG=run.yaml] [CLUSTER=cluster.yaml] [PIPELINE=release] [OUT=…]
 	@$(BIN)/python -m pipelines.compile $(CLUSTER_ARGUMENTS) $(if $(OUT),--out '$(OUT)')
 
-pipeline-submit: $(VENV)/.stamp-run ## start a run on Kubeflow: [CONFIG=run.yaml] [CLUSTER=cluster.yaml] [PIPELINE=release] [WAIT=1]
+pipeline-submit: $(VENV)/.stamp-run ## start a run on Kubeflow: [CONFIG=run.yaml] [CLUSTER=cluster.yaml] [WAIT=1] [PIPELINE=release CANARY=10 SERVING=namespace]
 	@$(BIN)/python -m pipelines.kubeflow submit $(CLUSTER_ARGUMENTS) $(if $(WAIT),--wait)
 
 pipeline-upload: $(VENV)/.stamp-run ## make a version of the pipeline on Kubeflow, if it changed

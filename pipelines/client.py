@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -119,9 +120,16 @@ def _client(endpoint: str, namespace: str, environment: Mapping[str, str]) -> An
             raise ValueError(f"KF_PIPELINES_SA_TOKEN_PATH: {path}: no such file")
         if not given and MOUNTED_TOKEN.is_file():
             path = str(MOUNTED_TOKEN)
+        token, cookie = (environment.get(name, "").strip() for name in _WAYS[1:])
         authority = environment.get("KF_PIPELINES_CA_CERT") or None
         if authority and not Path(authority).is_file():
             raise ValueError(f"KF_PIPELINES_CA_CERT: {authority}: no such file")
+
+        class Token(ServiceAccountTokenVolumeCredentials):
+            """Read again for each request, as the kubelet renews it."""
+
+            def _get_token(self) -> str:
+                return _sound("KF_PIPELINES_SA_TOKEN_PATH", Path(path).read_text(encoding="utf-8"))
 
         class Client(kfp.Client):
             """The environment alone decides; the kfp library would also read and write a file at home."""
@@ -132,15 +140,23 @@ def _client(endpoint: str, namespace: str, environment: Mapping[str, str]) -> An
         client = Client(
             host=endpoint,
             namespace=namespace,
-            existing_token=environment.get("KF_PIPELINES_TOKEN") or None,
-            cookies=environment.get("KF_PIPELINES_COOKIE") or None,
-            credentials=ServiceAccountTokenVolumeCredentials(path) if path else None,
+            existing_token=_sound("KF_PIPELINES_TOKEN", token) if token else None,
+            cookies=cookie if cookie else None,
+            credentials=Token(path) if path else None,
             ssl_ca_cert=authority,
         )
     for api in (client._run_api, client._recurring_run_api, client._experiment_api, client._pipelines_api):
         _guard(api.api_client.rest_client, endpoint)
     _guard(client._upload_api.api_client.rest_client, endpoint)
     return client
+
+
+def _sound(variable: str, token: str) -> str:
+    """The token without the line's end that files have. ValueError, which does not show it, for what is none."""
+    token = token.strip()
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError(f"{variable}: {'has a space or line break in it' if token else 'is empty'}; a token is needed")
+    return token
 
 
 def _guard(rest: Any, endpoint: str) -> None:

@@ -24,7 +24,7 @@ KEY = r"^[-._a-zA-Z0-9]+$"
 
 WITH_MODEL = ("base", "train", "merge", "predict", "validate")  # steps of the train image
 ON_GPU = ("base", "train", "merge", "predict")
-OF_RETRAIN = (*WITH_MODEL, "sources", "convert", "evaluate", "gate", "report", "publish")
+OF_RETRAIN = (*WITH_MODEL, "sources", "settings", "convert", "evaluate", "gate", "report", "publish")
 OF_RELEASE = ("approved", "promote", "deploy", "watch", "complete", "rollback")
 STEPS = (*OF_RETRAIN, *OF_RELEASE)
 # what these read or write stands outside, so that what they did last time says nothing about this time

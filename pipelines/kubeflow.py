@@ -21,7 +21,7 @@ from medforge import __version__
 from medforge.files import sha256_file
 from pipelines import schedules
 from pipelines.client import Kubeflow, KubeflowError, named
-from pipelines.compile import add_arguments, load, pipeline_of, write
+from pipelines.compile import add_arguments, load, pipeline_of, release_parameters, write
 from pipelines.cron import parse
 
 FINISHED = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
@@ -64,14 +64,6 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(do=do)
         if compiles:
             add_arguments(made)
-            made.add_argument("--release", default="candidate", help="of the release pipeline: digest or channel")
-            made.add_argument(
-                "--bucket", default="", help="of the release pipeline (default: the run's publish.bucket)"
-            )
-            made.add_argument("--channel", default="champion", help="of the release pipeline (default champion)")
-            made.add_argument("--canary", type=int, default=0, help="of the release pipeline: percent; 0: no canary")
-            made.add_argument("--serving", default="", metavar="NAMESPACE", help="where the chart is installed")
-            made.add_argument("--installation", default="medforge", help="the chart's release (default medforge)")
         return made
 
     submit = command("submit", _submit, "upload the pipeline if it is new, and start a run")
@@ -194,19 +186,8 @@ def _package(arguments: argparse.Namespace) -> Iterator[Package]:
         raise ValueError("--cluster is missing: name the cluster's YAML file; pipelines/clusters/ has examples")
     config, cluster = load(arguments)
     assert cluster is not None
+    parameters = release_parameters(arguments, config, cluster) or {"config": config.to_json()}
     pipeline = pipeline_of(arguments.pipeline, config, cluster)
-    if arguments.pipeline == "retrain":
-        parameters: dict[str, Any] = {"config": config.to_json()}
-    else:
-        bucket = arguments.bucket or config.publish.bucket
-        if not 0 <= arguments.canary <= 100:
-            raise ValueError(f"canary is {arguments.canary}; 0 to 100 percent of the callers are possible")
-        if arguments.canary and not arguments.serving:
-            raise ValueError("serving is missing: name the namespace of the chart, where the canary goes")
-        parameters = {"release": arguments.release, "bucket": bucket, "channel": arguments.channel}
-        if arguments.canary:
-            canary = {"canary": arguments.canary, "namespace": arguments.serving, "name": arguments.installation}
-            parameters |= canary
     with tempfile.TemporaryDirectory(prefix="medforge-") as folder:
         file = Path(folder) / f"{arguments.pipeline}.yaml"
         write(pipeline, file)

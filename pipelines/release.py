@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ from components.rollback.component import rollback
 from components.watch.component import watch
 
 NAME = "medforge-release"
+PARAMETERS: dict[str, Any] = {
+    "release": "candidate",
+    "bucket": "medforge",
+    "channel": "champion",
+    "canary": 0,  # percent of the callers
+    "namespace": "",
+    "name": "medforge",
+    "watch_minutes": 30.0,
+    "watch_requests": 100,
+}
 
 
 def _always(task: Any) -> Any:
@@ -31,36 +42,42 @@ def _always(task: Any) -> Any:
     return task.set_caching_options(False)
 
 
-@dsl.pipeline(name=NAME, description="Check that a release is approved, and let the channel of what is served name it.")
-def release(
-    release: str = "candidate",
-    bucket: str = "medforge",
-    channel: str = "champion",
-    canary: int = 0,
-    namespace: str = "",
-    name: str = "medforge",
-    watch_minutes: float = 30.0,
-    watch_requests: int = 100,
-) -> None:
-    """`release` is a digest, the beginning of one, or a channel.
+def build(defaults: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline. `defaults` are of its parameters, in the place of PARAMETERS."""
+    given = PARAMETERS | dict(defaults or {})
 
-    With `canary` at 0 the channel is all that changes. Above it, so many percent of the callers of the chart's
-    installation `name` in `namespace` are given the release for `watch_minutes` and `watch_requests` requests, then
-    all; an alert, or a step that fails, takes it back.
-    """
-    run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    undo = rollback(canary=canary, namespace=namespace, name=name, run=run).set_display_name("roll back if it failed")
-    with dsl.ExitHandler(_always(undo)):
-        checked = _always(approved(release=release, bucket=bucket)).set_display_name("approved?")
-        digest = checked.outputs["Output"]
-        with dsl.If(canary == 0, "channel only"):
-            _always(promote(release=digest, bucket=bucket, channel=channel))
-        with dsl.Else("by a canary"):
-            deployed = _always(deploy(release=digest, percent=canary, namespace=namespace, name=name, run=run))
-            watched = watch(namespace=namespace, name=name, run=run, minutes=watch_minutes, requests=watch_requests)
-            _always(watched).after(deployed)
-            finish = complete(release=deployed.output, namespace=namespace, name=name, run=run, channel=channel)
-            _always(finish).after(watched)
+    @dsl.pipeline(name=NAME, description="Check that a release is approved, then let its channel name it.")
+    def release(
+        release: str = given["release"],
+        bucket: str = given["bucket"],
+        channel: str = given["channel"],
+        canary: int = given["canary"],
+        namespace: str = given["namespace"],
+        name: str = given["name"],
+        watch_minutes: float = given["watch_minutes"],
+        watch_requests: int = given["watch_requests"],
+    ) -> None:
+        """`release` is a digest, the beginning of one, or a channel.
+
+        With `canary` at 0 the channel is all that changes. Above it, so many percent of the callers of the chart's
+        installation `name` in `namespace` are given the release for `watch_minutes` and `watch_requests` requests,
+        then all; an alert, or a step that fails, takes it back.
+        """
+        run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+        undo = rollback(canary=canary, namespace=namespace, name=name, run=run)
+        with dsl.ExitHandler(_always(undo.set_display_name("roll back if it failed"))):
+            checked = _always(approved(release=release, bucket=bucket)).set_display_name("approved?")
+            digest = checked.outputs["Output"]
+            with dsl.If(canary == 0, "channel only"):
+                _always(promote(release=digest, bucket=bucket, channel=channel))
+            with dsl.Else("by a canary"):
+                deployed = _always(deploy(release=digest, percent=canary, namespace=namespace, name=name, run=run))
+                watched = watch(namespace=namespace, name=name, run=run, minutes=watch_minutes, requests=watch_requests)
+                _always(watched).after(deployed)
+                finish = complete(release=deployed.output, namespace=namespace, name=name, run=run, channel=channel)
+                _always(finish).after(watched)
+
+    return release
 
 
 def main() -> int:
@@ -92,7 +109,7 @@ def main() -> int:
             no_child_left(),
             console.only_steps(),
         ):
-            execute(lambda: release, given, folder)
+            execute(build, given, folder)
         done = next(step["values"] for step in records(folder) if step["task"] == "promote")
         print(f"{done['channel']}: {done['release']} (before: {done['previous'] or 'none'})")
     except (ValueError, OSError, RunFailedError) as error:

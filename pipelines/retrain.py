@@ -17,6 +17,7 @@ from components.merge.component import merge
 from components.predict.component import predict
 from components.publish.component import publish
 from components.report.component import report
+from components.settings.component import settings, settings_stage
 from components.sources.component import sources
 from components.train.component import train_first, train_next, train_nodes_first, train_nodes_next
 from components.validate.component import validate, validate_join, validate_shard
@@ -26,6 +27,7 @@ from pipelines.nodes import train_nodes
 from pipelines.settle import for_cluster
 
 NAME = "medforge-retrain"
+ONCE = ("base", "convert", "validate", "merge", "predict", "evaluate", "gate", "report")  # all but train
 
 
 def build(config: RunConfig, cluster: ClusterConfig | None = None) -> Any:
@@ -49,31 +51,31 @@ def _pipeline(config: RunConfig, cluster: ClusterConfig | None) -> Any:
 
     @dsl.pipeline(name=NAME, description="Convert, validate, fine-tune, merge, evaluate, gate and publish.")
     def retrain(config: str = config.to_json()) -> None:
-        seen = _seen(config, cluster)
-        model = base_step(config=config, seen=seen["base"]).set_display_name("base model").outputs["model"]
-        raw = _converted(config, shards, seen["data"])
-        data = _validated(config, shards, raw, model)
+        seen, part = _seen(config, cluster), _parts(config, stages, cluster)
+        model = base_step(config=part["base"], seen=seen["base"]).set_display_name("base model").outputs["model"]
+        raw = _converted(part["convert"], shards, seen["data"])
+        data = _validated(part["validate"], shards, raw, model)
 
         adapters = None
         for stage in stages:
-            given = {"config": config, "stage": stage, "model": model, "dataset": data}
+            given = {"config": part[f"train {stage}"], "stage": stage, "model": model, "dataset": data}
             given |= {"nodes": nodes} if nodes else {}
             first, following = (train_nodes_first, train_nodes_next) if nodes else (train_first, train_next)
             task = first(**given) if adapters is None else following(**given, before=adapters)
             adapters = task.set_display_name(f"train {stage}").outputs["adapters"]
 
-        merged = merge(config=config, model=model, adapters=adapters, dataset=data).outputs["merged"]
+        merged = merge(config=part["merge"], model=model, adapters=adapters, dataset=data).outputs["merged"]
         answers = {
-            arm: predict(config=config, arm=arm, model=subject, dataset=data)
+            arm: predict(config=part["predict"], arm=arm, model=subject, dataset=data)
             .set_display_name(f"predict {arm}")
             .outputs["predictions"]
             for arm, subject in (("base", model), ("tuned", merged))
         }
-        scored = evaluate(config=config, **answers, dataset=data).outputs["results"]
-        judged = gate(config=config, results=scored)
+        scored = evaluate(config=part["evaluate"], **answers, dataset=data).outputs["results"]
+        judged = gate(config=part["gate"], results=scored)
         verdict = judged.outputs["verdict"]
         page = report(
-            config=config, results=scored, **answers, dataset=data, adapters=adapters, verdict=verdict
+            config=part["report"], results=scored, **answers, dataset=data, adapters=adapters, verdict=verdict
         ).outputs["html"]
         with dsl.If(judged.outputs["Output"] == True, name="passed"):  # noqa: E712  kfp records the comparison
             publish(
@@ -96,6 +98,17 @@ def _seen(config: Any, cluster: ClusterConfig | None) -> dict[str, Any]:
     if cluster is None or not cluster.cache:
         return {"data": "", "base": ""}
     return dict(sources(config=config).outputs)
+
+
+def _parts(config: Any, stages: list[str], cluster: ClusterConfig | None) -> dict[str, Any]:
+    """What each step is told of the configuration: its part where a cache looks at it, else the whole."""
+    if cluster is None or not cluster.cache:
+        return dict.fromkeys([*ONCE, *(f"train {stage}" for stage in stages)], config)
+    parts = dict(settings(config=config).outputs)
+    for stage in stages:
+        task = settings_stage(config=config, stage=stage).set_display_name(f"settings of {stage}")
+        parts[f"train {stage}"] = task.output
+    return parts
 
 
 def _converted(config: Any, shards: list[int], seen: Any) -> Any:

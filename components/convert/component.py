@@ -10,7 +10,7 @@ def convert(  # type: ignore[no-untyped-def]
     config: str, dataset: Output[Dataset], metrics: Output[Metrics], seen: str = ""
 ):
     """Convert the source to a data set. `seen` is what tells Kubeflow's cache that the source has changed."""
-    from medforge.steps import convert
+    from medforge.steps.data import convert
 
     convert(config, dataset.path, metrics)
 
@@ -20,7 +20,7 @@ def convert_shard(  # type: ignore[no-untyped-def]
     config: str, shard: int, part: Output[Dataset], seen: str = ""
 ):
     """Read one shard of the source; `seen` as for the whole."""
-    from medforge.steps import convert_shard
+    from medforge.steps.data import convert_shard
 
     convert_shard(config, shard, part.path)
 
@@ -30,6 +30,6 @@ def convert_join(  # type: ignore[no-untyped-def]
     config: str, parts: Input[list[Dataset]], dataset: Output[Dataset], metrics: Output[Metrics]
 ):
     """Make one data set of all shards."""
-    from medforge.steps import convert_join
+    from medforge.steps.data import convert_join
 
     convert_join(config, [part.path for part in parts], dataset.path, metrics)

@@ -15,6 +15,6 @@ def evaluate(  # type: ignore[no-untyped-def]
     metrics: Output[Metrics],
 ):
     """Score both arms on the same samples and compare them."""
-    from medforge.steps import evaluate
+    from medforge.steps.evaluation import evaluate
 
     evaluate(config, base.path, tuned.path, dataset.path, results.path, metrics)

@@ -15,6 +15,6 @@ def merge(  # type: ignore[no-untyped-def]
     metrics: Output[Metrics],
 ):
     """Merge all adapters and prove that the merged model says the same."""
-    from medforge.steps import merge
+    from medforge.steps.training import merge
 
     merge(config, model.path, adapters.path, dataset.path, merged.path, metrics)

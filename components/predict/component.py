@@ -10,6 +10,6 @@ def predict(  # type: ignore[no-untyped-def]
     config: str, arm: str, model: Input[Model], dataset: Input[Dataset], predictions: Output[Artifact]
 ):
     """Answer every sample, and measure the likelihood of the reference answers."""
-    from medforge.steps import predict
+    from medforge.steps.evaluation import predict
 
     predict(config, arm, model.path, dataset.path, predictions.path)

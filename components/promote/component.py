@@ -6,6 +6,6 @@ from components import step
 @step()
 def promote(release: str, bucket: str, channel: str) -> str:
     """Let the channel name the release, whose approval is checked again. Returns the digest that it named before."""
-    from medforge.steps import promote
+    from medforge.steps.release import promote
 
     return promote(release, bucket, channel)

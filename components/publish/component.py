@@ -18,7 +18,7 @@ def publish(
     html: Input[HTML],
 ) -> str:
     """Publish the release, immutable and named by its digest. Returns the digest."""
-    from medforge.steps import publish
+    from medforge.steps.release import publish
 
     return publish(
         config,

@@ -17,6 +17,6 @@ def report(  # type: ignore[no-untyped-def]
     html: Output[HTML],
 ):
     """Write the report that a reviewer reads."""
-    from medforge.steps import report
+    from medforge.steps.evaluation import report
 
     report(config, results.path, base.path, tuned.path, dataset.path, adapters.path, verdict.path, html.path)

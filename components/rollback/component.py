@@ -10,6 +10,6 @@ def rollback(  # type: ignore[no-untyped-def]
     canary: int, namespace: str, name: str, run: str, status: PipelineTaskFinalStatus
 ):
     """Remove the canary of this run if the run failed; without one there is nothing to do."""
-    from medforge.steps import rollback
+    from medforge.steps.rollout import rollback
 
     rollback(canary, status.state, namespace, name, run)

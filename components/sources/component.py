@@ -8,6 +8,6 @@ from components import step
 @step()
 def sources(config: str) -> NamedTuple("Seen", [("data", str), ("base", str)]):  # type: ignore[valid-type]
     """Tell the state of the data's and the base model's source."""
-    from medforge.steps import sources
+    from medforge.steps.data import sources
 
     return sources(config)

@@ -16,7 +16,7 @@ def train_first(  # type: ignore[no-untyped-def]
     metrics: Output[Metrics],
 ):
     """Train the first stage on the base."""
-    from medforge.steps import train
+    from medforge.steps.training import train
 
     train(config, stage, model.path, dataset.path, "", adapters.path, logs.path, metrics)
 
@@ -33,7 +33,7 @@ def train_next(  # type: ignore[no-untyped-def]
     metrics: Output[Metrics],
 ):
     """Train a stage on the base and the adapters before it."""
-    from medforge.steps import train
+    from medforge.steps.training import train
 
     train(config, stage, model.path, dataset.path, before.path, adapters.path, logs.path, metrics)
 
@@ -50,7 +50,7 @@ def train_nodes_first(  # type: ignore[no-untyped-def]
     metrics: Output[Metrics],
 ):
     """Train the first stage on the base, on several machines; `nodes` says how their pods are."""
-    from medforge.steps import train_nodes
+    from medforge.steps.training import train_nodes
 
     train_nodes(config, stage, nodes, model.path, dataset.path, "", adapters.path, logs.path, metrics)
 
@@ -68,6 +68,6 @@ def train_nodes_next(  # type: ignore[no-untyped-def]
     metrics: Output[Metrics],
 ):
     """Train a stage on the base and the adapters before it, on several machines; `nodes` says how their pods are."""
-    from medforge.steps import train_nodes
+    from medforge.steps.training import train_nodes
 
     train_nodes(config, stage, nodes, model.path, dataset.path, before.path, adapters.path, logs.path, metrics)

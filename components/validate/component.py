@@ -10,7 +10,7 @@ def validate(  # type: ignore[no-untyped-def]
     config: str, dataset: Input[Dataset], model: Input[Model], clean: Output[Dataset], metrics: Output[Metrics]
 ):
     """Try every sample on the model's processor; keep the sound ones, and the reasons of the others."""
-    from medforge.steps import validate
+    from medforge.steps.data import validate
 
     validate(config, dataset.path, model.path, clean.path, metrics)
 
@@ -20,7 +20,7 @@ def validate_shard(  # type: ignore[no-untyped-def]
     config: str, shard: int, dataset: Input[Dataset], model: Input[Model], checks: Output[Artifact]
 ):
     """Try the samples of one shard."""
-    from medforge.steps import validate_shard
+    from medforge.steps.data import validate_shard
 
     validate_shard(config, shard, dataset.path, model.path, checks.path)
 
@@ -35,6 +35,6 @@ def validate_join(  # type: ignore[no-untyped-def]
     metrics: Output[Metrics],
 ):
     """Judge the samples by what all shards found."""
-    from medforge.steps import validate
+    from medforge.steps.data import validate
 
     validate(config, dataset.path, model.path, clean.path, metrics, [check.path for check in checks])

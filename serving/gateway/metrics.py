@@ -46,7 +46,7 @@ class Metrics:
             registry=r,
         )
         self.upstream_seconds = Histogram(
-            "medforge_gateway_upstream_seconds", "An attempt at an upstream, to its answer's end.", ("track", "outcome"),
+            "medforge_gateway_upstream_seconds", "An attempt at an upstream, to the end.", ("track", "outcome"),
             buckets=SECONDS, registry=r,
         )  # fmt: skip
         self.upstream_retries = Counter(

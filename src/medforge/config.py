@@ -171,7 +171,9 @@ class CheckpointConfig(_Section):
     """Where checkpoints of the training go besides the step's own folder."""
 
     url: str = Field(
-        "", pattern=r"^(s3://.+)?$", description="s3://bucket/prefix for copies, made in the background; empty: none."
+        "",
+        pattern=r"^(s3://.+)?$",
+        description="s3://bucket/prefix for copies of them and of answers, made in the background; empty: none.",
     )
     keep: int = Field(2, ge=1, description="How many of the newest are kept, besides the best one.")
 
@@ -321,6 +323,6 @@ def _check(model: type[Any], tree: dict[str, Any], where: str) -> Any:
             field = ".".join(str(part) for part in item["loc"]) or "(top)"
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                message = "is not a setting; `medforge config schema` lists them"
+                message = "is not a setting" + ("; `medforge config schema` lists them" if model is RunConfig else "")
             lines.append(f"{where}: {field}: {message}")
         raise ValueError("\n".join(lines)) from None

@@ -69,11 +69,11 @@ class Step:
 def code_digest(package: str | None = None) -> str:
     """The digest of the source that a step of `package` can reach, or of all of medforge.
 
-    A step never imports another step, so it reaches the top-level modules, `models`, `metrics` and its own
+    A step never imports another step, so it reaches the top-level modules, `models`, `metrics`, `steps` and its own
     package.
     """
     paths = [path for path in _PACKAGE.glob("*.py") if path.name not in _FACES]
-    for folder in (package, "models", "metrics") if package else ("",):
+    for folder in (package, "models", "metrics", "steps") if package else ("",):
         paths += [path for path in (_PACKAGE / folder).rglob("*") if path.suffix in (".py", ".html")]
     return sha256_json({path.relative_to(_PACKAGE).as_posix(): sha256_file(path) for path in sorted(set(paths))})
 

@@ -16,11 +16,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from medforge import checkpoints as module  # noqa: E402
+from medforge.checkpoints import Checkpoint, Checkpoints  # noqa: E402
 from medforge.embedded import serve  # noqa: E402
 from medforge.files import list_files, tree_digest  # noqa: E402
 from medforge.storage import Store  # noqa: E402
-from medforge.train import checkpoints as module  # noqa: E402
-from medforge.train.checkpoints import Checkpoint, Checkpoints  # noqa: E402
 
 BUCKET = "checkpoints"
 
@@ -259,7 +259,7 @@ CHILD = """
 import sys
 from pathlib import Path
 import torch
-from medforge.train.checkpoints import Checkpoints
+from medforge.checkpoints import Checkpoints
 kept = Checkpoints(Path(sys.argv[1]), url=sys.argv[2])
 found = kept.latest()
 step = found.step if found else 0

@@ -154,10 +154,10 @@ def test_the_pipeline_promotes_what_was_approved(
 
 
 def test_the_pipeline_is_sound_for_kubeflow(tmp_path: Path) -> None:
-    from pipelines.release import release
+    from pipelines.release import build
 
     path = tmp_path / "release.yaml"
-    compiler.Compiler().compile(release, str(path))
+    compiler.Compiler().compile(build(), str(path))
     spec = yaml.safe_load(path.read_text())
     json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
     inner = {name: one["dag"]["tasks"] for name, one in spec["components"].items() if "dag" in one}

@@ -16,7 +16,7 @@ from medforge.files import write_json
 from medforge.reference import FILE, load
 from medforge.release.policy import judge
 from medforge.release.publish import fetch_release
-from medforge.steps import publish
+from medforge.steps.release import publish
 from medforge.storage import connect
 from tests.unit.evaluate.examples import answers
 

@@ -21,7 +21,10 @@ LAYERS = {
     **dict.fromkeys(("__main__", "cli", "commands", "steps", "audit", "apikeys", "rollout"), FACES),
     **dict.fromkeys(("convert", "validate", "train", "merge", "evaluate", "release", "synthesize"), STEPS),
     **dict.fromkeys(
-        ("models", "metrics", "dataset", "dataset_writer", "storage", "embedded", "s3", "transfers", "reference"),
+        (
+            *("models", "metrics", "dataset", "dataset_writer", "storage", "embedded", "s3", "transfers", "reference"),
+            *("checkpoints", "checkpoint_files"),
+        ),
         COMMON,
     ),
     **dict.fromkeys(("records", "config", "stages", "files", "progress", "drawing", "lifetime", "workspace"), GROUND),

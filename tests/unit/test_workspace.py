@@ -137,7 +137,8 @@ def test_logs_have_no_digest(workspace: Path, tmp_path: Path) -> None:
 
 def test_the_code_of_a_step_is_what_it_can_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "medforge"
-    for name in ("files.py", "cli.py", "models/load.py", "metrics/text.py", "merge/__init__.py", "train/stage.py"):
+    names = ("files.py", "cli.py", "models/load.py", "metrics/text.py", "merge/__init__.py", "train/stage.py")
+    for name in (*names, "steps/training.py"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("1")
     monkeypatch.setattr("medforge.workspace._PACKAGE", package)
@@ -151,5 +152,6 @@ def test_the_code_of_a_step_is_what_it_can_reach(tmp_path: Path, monkeypatch: py
     assert after("models/load.py") == (True, True)
     assert after("metrics/text.py") == (True, True)
     assert after("files.py") == (True, True)
+    assert after("steps/training.py") == (True, True)
     assert after("train/stage.py") == (False, True)
     assert after("cli.py")[0] is False

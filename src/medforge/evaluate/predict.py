@@ -13,26 +13,37 @@ from typing import Any
 
 from medforge.config import EvaluateConfig, ModelConfig
 from medforge.dataset import Dataset, choose
+from medforge.evaluate.copies import copies
 from medforge.evaluate.judge import Judge
 from medforge.evaluate.predictions import Prediction, append, missing, prediction_key, seal
-from medforge.files import tree_digest
+from medforge.files import sha256_json, tree_digest
 from medforge.models.claims import wrong_answers
 from medforge.models.encode import Encoder
 from medforge.models.generate import answer_boxes, answer_text, generate, likelihoods, read_boxes
 from medforge.models.load import load_model
 from medforge.progress import Progress
 from medforge.records import Sample
+from medforge.workspace import code_digest, libraries
 
 CLAIM_SEED = 0
 
 
 def run(
-    arm: str, model_folder: Path, dataset: Path, out: Path, evaluate: EvaluateConfig, model: ModelConfig, seed: int
+    arm: str,
+    model_folder: Path,
+    dataset: Path,
+    out: Path,
+    evaluate: EvaluateConfig,
+    model: ModelConfig,
+    seed: int,
+    work: Path | None = None,
+    url: str = "",
 ) -> dict[str, Any]:
     """Answer `evaluate.split` with the model and leave the predictions, in the data set's order, in the file `out`.
 
-    Rows that `out` holds already are kept. Returns {"model": digest, "n", "reused": rows that were there already}.
-    Raises ValueError when the split is empty.
+    Rows that `out` holds already are kept. With `url` (s3://…, and a folder `work` to send from) copies go there while
+    it grows, and a run whose disk is gone goes on from the newest. Returns {"model": digest, "n", "reused": rows that
+    were there already}. Raises ValueError when the split is empty, or the store of the copies cannot be asked.
     """
     data = Dataset.open(dataset)
     split = data.samples(evaluate.split)
@@ -49,20 +60,28 @@ def run(
         "data": data.digest,
     }
     keys = [prediction_key(sample.id, arm, digest, settings) for sample in samples]
-    open_keys = set(missing(out, keys))
-    if open_keys:
-        answerer = Answerer(model_folder, model, evaluate)
-        # of the whole split and by a seed of their own: each arm and each run judges the same claims
-        wrong = dict(zip((s.id for s in split), wrong_answers(split, CLAIM_SEED), strict=True))
-        with Progress(f"answering ({arm})", len(samples), "sample") as progress:
-            for numbers in _batches(samples, evaluate.batch_size):
-                wanted = [n for n in numbers if keys[n] in open_keys]
-                if wanted:
-                    batch = [samples[n] for n in numbers]
-                    rows = answerer.answer(arm, data, batch, [keys[n] for n in numbers], [wrong[s.id] for s in batch])
-                    append(out, [row for row in rows if row.key in open_keys])
-                progress.advance(len(numbers))
-    seal(out, keys)
+    identity = sha256_json([keys, code_digest("evaluate"), libraries()])
+    place = f"{url.rstrip('/')}/predict-{arm}-{identity[:16]}" if url else ""
+    with copies(out, work, place, identity) as kept:
+        open_keys = set(missing(out, keys))
+        if open_keys:
+            answerer = Answerer(model_folder, model, evaluate)
+            # of the whole split and by a seed of their own: each arm and each run judges the same claims
+            wrong = dict(zip((s.id for s in split), wrong_answers(split, CLAIM_SEED), strict=True))
+            left = len(open_keys)
+            with Progress(f"answering ({arm})", len(samples), "sample") as progress:
+                for numbers in _batches(samples, evaluate.batch_size):
+                    if any(keys[n] in open_keys for n in numbers):
+                        batch = [samples[n] for n in numbers]
+                        claims = [wrong[sample.id] for sample in batch]
+                        rows = answerer.answer(arm, data, batch, [keys[n] for n in numbers], claims)
+                        fresh = [row for row in rows if row.key in open_keys]
+                        append(out, fresh)
+                        left -= len(fresh)
+                        if kept:
+                            kept.note(len(keys) - left)
+                    progress.advance(len(numbers))
+        seal(out, keys)
     return {"model": digest, "n": len(keys), "reused": len(keys) - len(open_keys)}
 
 

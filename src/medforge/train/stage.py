@@ -86,7 +86,8 @@ def job_of(
 
 def train(job: Job) -> None:
     """The work of one process of the stage. Process 0 writes."""
-    from medforge.train import board, checkpoints, loop, parallel, throughput
+    from medforge import checkpoints
+    from medforge.train import board, loop, parallel, throughput
     from medforge.train.adapters import parameter_groups
     from medforge.train.validation import Validation
 

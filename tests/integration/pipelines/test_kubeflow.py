@@ -222,6 +222,26 @@ def test_a_changed_pipeline_is_a_new_version_an_unchanged_one_is_none(server: Se
     }
 
 
+def test_a_release_is_submitted_with_its_canarys_watch(server: Server, command: Any, tmp_path: Path) -> None:
+    cluster = yaml.safe_load(Path("pipelines/clusters/example.yaml").read_text())
+    cluster["env"] = {"MEDFORGE_PROMETHEUS_URL": "http://prometheus:9090"}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(cluster))
+    words = ["submit", "--pipeline", "release", "--cluster", str(tmp_path / "cluster.yaml"), "--canary", "10"]
+    status, _, err = command(*words, "--serving", "serving", "--watch-minutes", "20", "--watch-requests", "50")
+    assert (status, err) == (0, "")
+    assert command("submit", "--pipeline", "release", "--cluster", str(tmp_path / "cluster.yaml"))[0] == 0
+    first, second = (run["runtime_config"]["parameters"] for run in server.kept["runs"].values())
+    assert first == {
+        "bucket": "medforge",
+        "canary": 10,
+        "namespace": "serving",
+        "watch_minutes": 20.0,
+        "watch_requests": 50,
+    }
+    assert second == {"bucket": "medforge"}
+    assert len(server.kept["versions"]) == 1  # what is watched is no other pipeline
+
+
 def test_a_schedule_is_one_of_its_name_at_every_moment(server: Server, command: Any) -> None:
     kept = server.kept["recurringruns"]
     status, out, err = command("schedule", *ARGUMENTS, "--cron", "0 0 2 1 * *", "--end", "2099-01-01T02:00:00+02:00")
@@ -299,9 +319,17 @@ def test_mistakes_are_one_clear_line(
     (tmp_path / "token").write_text(TOKEN)
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     assert command("runs")[0] == 0
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    assert command("runs")[0] == 0
+    (tmp_path / "token").write_text("")
+    assert "KF_PIPELINES_SA_TOKEN_PATH: is empty; a token is needed" in error("runs")
     (tmp_path / "token").unlink()
     assert "no such file" in error("runs")
     monkeypatch.delenv("KF_PIPELINES_SA_TOKEN_PATH")
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "a secret\nin two lines")
+    assert error("runs") == "pipeline-runs: KF_PIPELINES_TOKEN: has a space or line break in it; a token is needed"
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", f"{TOKEN}\n")
+    assert command("runs")[0] == 0
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:1")
     assert "http://127.0.0.1:1 cannot be reached" in error("runs")
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -230,9 +233,8 @@ def test_sigterm_removes_it(cluster: Cluster, store: Store, material: Inputs, tm
     assert not cluster.jobs
 
 
-def test_two_nodes_train_what_one_machine_does(store: Store, material: Inputs, tmp_path: Path) -> None:
-    job = job_in(tmp_path, material)
-    place = passage.send(store, "medforge", job)
+def start_nodes(place: passage.Passage) -> list[subprocess.Popen[str]]:
+    """Two pods of a TrainJob: what Kubeflow starts in each, with the variables that it sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -241,11 +243,52 @@ def test_two_nodes_train_what_one_machine_does(store: Store, material: Inputs, t
         variables = {"PET_NNODES": "2", "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": "127.0.0.1"}
         environment = os.environ | variables | {"PET_MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "medforge.train.node", place.url]
-        pods.append(subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE))
-    said = [pod.communicate(timeout=150)[0].decode() for pod in pods]
-    assert [pod.returncode for pod in pods] == [0, 0], said
+        pods.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+        )
+    return pods
+
+
+def ended(pods: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
+    """Their exit statuses, and what they said."""
+    try:
+        said = [pod.communicate(timeout=150)[0] for pod in pods]
+    finally:
+        for pod in pods:
+            pod.kill()
+    return [pod.returncode for pod in pods], said
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_one_machine_does_though_one_is_killed(
+    store: Store, material: Inputs, tmp_path: Path
+) -> None:
+    """The killed one's peer ends too and says so; the next pair, with empty disks, goes on from the store.
+
+    That it shards the weights (ZeRO-3), which the first did not, changes nothing.
+    """
+    stage = STAGE.model_copy(update={"steps": 10, "checkpoint_every": 1})
+    job = job_in(tmp_path, material).model_copy(update={"stage": stage})
+    place = passage.send(store, "medforge", job)
+    pods = start_nodes(place)
+    while not any(key.endswith("manifest.json") for key, *_ in store.list("medforge", place.key("checkpoints"))):
+        assert [pod.poll() for pod in pods] == [None, None], ended(pods)
+        time.sleep(0.01)
+    pods[1].kill()
+    codes, said = ended(pods)
+    assert codes == [1, -signal.SIGKILL], said
+    assert place.error(store).startswith("node 0: stage 'see': the training processes ended with 1")
+    assert not place.is_done(store)
+
+    if importlib.util.find_spec("deepspeed"):
+        job = job.model_copy(update={"parallel": ParallelConfig(nodes=2, strategy="zero3")})
+    assert passage.send(store, "medforge", job) == place  # what the step does when it is tried again
+    assert not place.error(store)
+    codes, said = ended(start_nodes(place))
+    assert codes == [0, 0], said
+    assert re.search(r"see: goes on after step [1-9]", said[0]), said[0]
     passage.collect(store, place, job)
     alone = job_in(tmp_path / "alone", material)
-    run(material, alone.out, alone.work, alone.logs, STAGE, ModelConfig(), 0)
+    run(material, alone.out, alone.work, alone.logs, stage, ModelConfig(), 0)
     for row, other in zip(told(alone)["curves"], told(job)["curves"], strict=True):
         assert other == pytest.approx(row, rel=1e-3, abs=1e-4)

@@ -137,6 +137,35 @@ def test_only_what_the_sources_and_images_decide_is_cached() -> None:
         assert seen == {"producerTask": "sources", "outputParameterKey": output}
 
 
+def test_each_step_is_told_its_own_part_of_the_configuration() -> None:
+    """So that a change elsewhere leaves its key in Kubeflow's cache as it is."""
+    spec, _ = compiled("data.shards=3")
+    root = spec["root"]["dag"]["tasks"]
+    found = tasks(spec)
+    for name, task in found.items():
+        if name.startswith(("settings", "sources", "publish")):
+            continue
+        source = task["inputs"]["parameters"]["config"]
+        if "componentInputParameter" in source:  # within a loop: what the loop was given
+            inner = source["componentInputParameter"]
+            (source,) = {
+                yaml.safe_dump(outer["inputs"]["parameters"][inner])
+                for outer in root.values()
+                if inner in outer.get("inputs", {}).get("parameters", {})
+            }
+            source = yaml.safe_load(source)
+        step = name.partition("-")[0]
+        told = source["taskOutputParameter"]
+        if step == "train":
+            told_by = root[told["producerTask"]]["inputs"]["parameters"]["stage"]
+            assert told_by == task["inputs"]["parameters"]["stage"]
+        else:
+            assert told == {"producerTask": "settings", "outputParameterKey": step}
+    assert {"settings", "settings-stage"} <= {
+        name for name, task in found.items() if task["cachingOptions"].get("enableCache")
+    }
+
+
 def test_retries_wait_longer_each_time() -> None:
     spec, _ = compiled()
     found = tasks(spec)
@@ -156,7 +185,7 @@ def test_a_local_compilation_knows_nothing_of_a_cluster_before_it(tmp_path: Path
     text = (tmp_path / "local.yaml").read_text()
     (spec,) = yaml.safe_load_all(text)
     json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
-    assert "sha256:" not in text and "sources" not in spec["root"]["dag"]["tasks"]
+    assert "sha256:" not in text and not {"sources", "settings"} & set(spec["root"]["dag"]["tasks"])
     assert parse_config(spec["root"]["inputDefinitions"]["parameters"]["config"]["defaultValue"]) == config
 
 
@@ -185,6 +214,67 @@ def test_the_release_pipeline_has_the_reviewers_keys(change: Callable[..., Path]
     assert not any(task["cachingOptions"].get("enableCache") for task in tasks(spec).values())
     with pytest.raises(ValueError, match=r"^trusted_keys: the cluster's file names no reviewers' keys"):
         compiled(pipeline="release", cluster=change(trusted_keys=None))
+
+
+WATCHED = {"env": {"MEDFORGE_PROMETHEUS_URL": "http://prometheus:9090"}}
+
+
+def compile_release(path: Path, cluster: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    words = f"compile --pipeline release --cluster {cluster} --out {path} {words}"
+    monkeypatch.setattr("sys.argv", words.split())
+    return main()
+
+
+def test_a_canarys_watch_is_set_by_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Path]
+) -> None:
+    words = "--release abc --canary 10 --serving serving --watch-minutes 45.5 --watch-requests 250"
+    assert compile_release(tmp_path / "out.yaml", change(**WATCHED), words, monkeypatch) == 0
+    spec, platform = yaml.safe_load_all((tmp_path / "out.yaml").read_text())
+    check_against_kubeflow(spec, platform)
+    defaults = {name: value["defaultValue"] for name, value in spec["root"]["inputDefinitions"]["parameters"].items()}
+    assert defaults == {
+        "release": "abc",
+        "bucket": "medforge",
+        "channel": "champion",
+        "canary": 10,
+        "namespace": "serving",
+        "name": "medforge",
+        "watch_minutes": 45.5,
+        "watch_requests": 250,
+    }
+    given = tasks(spec)["watch"]["inputs"]["parameters"]
+    assert given["minutes"]["componentInputParameter"].endswith("watch_minutes")
+    assert given["requests"]["componentInputParameter"].endswith("watch_requests")
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        ("--canary 101", {}, "--canary is 101; 0 to 100 percent"),
+        ("--canary 10", {}, "--serving is missing: name the namespace of the chart"),
+        ("--watch-minutes 5", {}, "--watch-minutes: has an effect with a canary alone; add --canary PERCENT"),
+        ("--canary 10 --serving a --watch-minutes 0", {}, "--watch-minutes is 0; more than 0"),
+        ("--canary 10 --serving a --watch-minutes nan", {}, "--watch-minutes is nan; more than 0"),
+        ("--canary 10 --serving a --watch-requests -1", {}, "--watch-requests is -1; at least 0"),
+        ("--canary 10 --serving a", {"env": {}}, "env.MEDFORGE_PROMETHEUS_URL: is missing in the cluster's file"),
+        ("--canary 10 --serving a --watch-minutes 61", {}, "steps.watch.timeout: 4h is less than 4 times"),
+        ("--canary 10 --pipeline retrain", {}, "--canary: has an effect with --pipeline release alone"),
+    ],
+)
+def test_a_watch_that_makes_no_sense_is_refused(
+    words: str,
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[..., Path],
+) -> None:
+    assert compile_release(tmp_path / "out.yaml", change(**(WATCHED | changes)), words, monkeypatch) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pipeline-compile: {message}")
+    assert not (tmp_path / "out.yaml").exists()
 
 
 def test_the_hubs_token_goes_to_the_base_alone(change: Callable[..., Path]) -> None:

@@ -25,11 +25,11 @@ LEARN = changed(
     method="full",
     heads={"learning_rate": 1e-3},
     samples=None,
-    steps=240,
+    steps=180,
     batch_size=16,
     learning_rate=1e-3,
     warmup=0.1,
-    evaluate_every=120,
+    evaluate_every=90,
     validation_samples=100,
     generate_samples=48,
 )
@@ -89,7 +89,7 @@ def test_the_heads_learn(tmp_path: Path, base: Path) -> None:
     assert learned["match_auroc"] > 0.85
     assert learned["region_iou"] > 0.45
     assert learned["accuracy"] > 0.85 > untrained["accuracy"]
-    assert figures(adapter, "eval_region_iou")[240] > figures(adapter, "eval_region_iou")[120]
+    assert figures(adapter, "eval_region_iou")[180] > figures(adapter, "eval_region_iou")[90]
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from medforge import checkpoints as checkpoints_module
 from medforge.config import StageConfig
 from medforge.files import link_tree, tree_digest
-from medforge.train import checkpoints as checkpoints_module
 from medforge.train import loop
 from tests.unit.train.runs import (
     STAGE,
@@ -34,7 +34,7 @@ from tests.unit.train.runs import (
 
 KILL = """
 import os, signal
-from medforge.train.checkpoints import Checkpoints
+from medforge.checkpoints import Checkpoints
 save = Checkpoints.save
 def killed(self, step, *args, **rest):
     save(self, step, *args, **rest)

@@ -21,9 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medforge.files import canonical_json, sha256_bytes
-from medforge.storage import Store, connect, parse_url
-from medforge.train.checkpoint_files import (
+from medforge.checkpoint_files import (
     MANIFEST,
     STATE,
     Checkpoint,
@@ -35,6 +33,8 @@ from medforge.train.checkpoint_files import (
     read_manifest,
     write_files,
 )
+from medforge.files import canonical_json, sha256_bytes
+from medforge.storage import Store, connect, parse_url
 
 if TYPE_CHECKING:
     import torch
@@ -117,9 +117,10 @@ class Checkpoints:
             )
             return False
         self._bad_here.discard(step)
-        if self._url:
-            self._enqueue(step)
-        self._prune(step)
+        with self._changed:  # the thread begins when it is known which is the best
+            if self._url:
+                self._enqueue(step)
+            self._prune(step)
         return True
 
     def latest(self, fits: Fits = _always, fetch: bool = True) -> Checkpoint | None:

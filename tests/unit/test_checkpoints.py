@@ -20,10 +20,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from medforge import checkpoints as module  # noqa: E402
+from medforge.checkpoints import Checkpoint, Checkpoints  # noqa: E402
 from medforge.files import list_files, sha256_file  # noqa: E402
 from medforge.s3 import Entry  # noqa: E402
-from medforge.train import checkpoints as module  # noqa: E402
-from medforge.train.checkpoints import Checkpoint, Checkpoints  # noqa: E402
 
 FILES = ["exp_avg.safetensors", "manifest.json", "state.json", "weights.safetensors"]
 
