@@ -30,8 +30,40 @@ A site adds its own: `ci/site-values.yaml` shows which. Values that do not fit t
 mends it. NOTES, after the install, say which Secrets there have to be. Run with KServe ≥ 0.20 in Standard mode, and
 where they are switched on KEDA, cert-manager, External Secrets, the Prometheus operator, the Gateway API.
 
-With Helm 4, which applies on the server's side, an upgrade that changes the predictor's arguments after a
-`medforge deploy` needs `--force-conflicts`: both have written the same field.
+## What it installs
+
+| part | objects | where |
+|---|---|---|
+| gateway | Deployment, Service, claim | always |
+| … for callers | Ingress with TLS, or HTTPRoute | `ingress`, `route` |
+| … several of them | HorizontalPodAutoscaler; PodDisruptionBudget | `gateway.autoscaling`; `gateway.replicas` above 1 |
+| predictors | ServingRuntime | unless `predictor.existingRuntime` |
+| … stable | InferenceService; PodDisruptionBudget | `stable.release`; `predictor.minReplicas` above 1 |
+| … canary | InferenceService | `medforge deploy`, or `canary` with `rollout.managedBy: helm` |
+| … by load | what KServe makes for KEDA | `predictor.keda` |
+| routing, reviewers' keys | ConfigMaps | always; unless `reviewers.existingConfigMap` |
+| object store | Job that makes and tries the bucket | `objectStore.check` |
+| … for a pilot | SeaweedFS: StatefulSet, Service | `seaweedfs` |
+| secrets | ExternalSecrets | `objectStore.externalSecret`, `gatewayExternalSecret` |
+| pipelines | ConfigMap kfp-launcher; Job that registers the recurring run | `pipelines.launcher`; `.schedule` |
+| rights | Role of the rollout | `rollout.managedBy: medforge` |
+| … where runs are | Roles: TrainJobs; keeping recurring runs | `pipelines.trainJobs`; `.schedule.multiUser` |
+| network | NetworkPolicies: nothing is reached but what is named | `networkPolicy` |
+| monitoring | ServiceMonitor, PodMonitor; PrometheusRule; dashboards | `monitoring.scrape`; `.rules`; `.dashboards` |
+| `helm test` | a pod that asks the gateway | `tests.apiKeySecret` for a question too |
+
+No pod has a token of the Kubernetes API; all keep Pod Security "restricted".
+
+**What vLLM loads.** vLLM checks nothing. So before it `medforge verify-release` downloads the release, checks each
+file's SHA-256 and the reviewers' signatures, and only then puts it where vLLM looks; without it the pod does not start.
+It is an init container with the name of KServe's own storage initializer, which KServe leaves out where there is one.
+
+**Kubeflow.** The runs' namespace (`pipelines.namespace`) needs the object store's Secret and, for the release pipeline,
+the ConfigMap with the reviewers' keys. In a profile of a multi-user Kubeflow set `pipelines.schedule.multiUser`;
+whoever installs must be allowed there what the Roles allow.
+
+With Helm 4, which applies on the server's side, an upgrade that changes the predictor's arguments, or with vLLM the
+data image, after a `medforge deploy` needs `--force-conflicts`: both have written the same field.
 
 This file is written by `python charts/readme.py`.
 

@@ -64,7 +64,7 @@ def build(defaults: Mapping[str, Any] | None = None) -> Any:
         then all; an alert, or a step that fails, takes it back.
         """
         run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-        undo = rollback(canary=canary, namespace=namespace, name=name, run=run)
+        undo = rollback(canary=canary, namespace=namespace, name=name, run=run, channel=channel)
         with dsl.ExitHandler(_always(undo.set_display_name("roll back if it failed"))):
             checked = _always(approved(release=release, bucket=bucket)).set_display_name("approved?")
             digest = checked.outputs["Output"]

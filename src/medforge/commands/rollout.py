@@ -45,6 +45,10 @@ def add(commands: Any) -> None:
     promote.add_argument("--channel", default="champion", help="channel that will name it (%(default)s)")
     promote.set_defaults(run=_promote)
     rollback = group.add_parser("rollback", help="remove the canary; without one, go back to the release before")
+    rollback.add_argument(
+        "release", nargs="?", default="", metavar="RELEASE",
+        help="which one has to go, by 6 or more characters of its digest; needed after another rollback",
+    )  # fmt: skip
     rollback.add_argument("--reason", default="asked for", metavar="TEXT", help="for the decision log")
     rollback.add_argument("--channel", default="champion", help="channel that named it (%(default)s)")
     rollback.set_defaults(run=_rollback)
@@ -65,7 +69,7 @@ def add(commands: Any) -> None:
 
     verify = commands.add_parser("verify-release", help="prove that a release is whole and approved, and download it")
     verify.add_argument("release", metavar="RELEASE", help=f"a folder; or in the store: {_RELEASE}")
-    verify.add_argument("--out", type=Path, metavar="DIR", help="where to put it; DIR must not be there yet")
+    verify.add_argument("--out", type=Path, metavar="DIR", help="where to put it, if it is not there already")
     verify.add_argument("--bucket", default="medforge", help="bucket of the releases (%(default)s)")
     _add_trusted(verify)
     add_root(verify)
@@ -93,7 +97,11 @@ def _rollout(arguments: argparse.Namespace, **plan: Any) -> Iterator[Rollout]:
     trusted = _keys(arguments.trusted) if "trusted" in arguments else []
     api = Kubernetes.from_environment(arguments.namespace)
     with connect(arguments.root, create=False) as store:
-        by = f"{getpass.getuser()}@{socket.gethostname()}"
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # a container's user has no name
+            user = f"user-{os.getuid()}"
+        by = f"{user}@{socket.gethostname()}"
         yield Rollout(api, store, Plan(name=name, **plan), trusted, by, f"{by}:{os.getpid()}")
 
 
@@ -133,8 +141,8 @@ def _promote(arguments: argparse.Namespace) -> None:
 
 def _rollback(arguments: argparse.Namespace) -> None:
     with _rollout(arguments, channel=arguments.channel, **_times(arguments)) as rollout:
-        if not rollout.rollback(arguments.reason):
-            print("There is no canary, and no release before the one that is served.")
+        if not rollout.rollback(arguments.reason, release=arguments.release):
+            print("nothing was rolled back: there is no canary; `medforge rollout status` tells what is served")
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -37,18 +38,30 @@ def check_release(
 
 
 def download_release(store: Store, bucket: str, digest: str, trusted: list[Ed25519PublicKey], target: Path) -> Verified:
-    """Download a release that may be served, with its manifest and signatures, to the new folder `target`.
+    """Bring a release that may be served, with its manifest and signatures, to the folder `target`.
 
-    Every file is hashed as it lies there; ValueError, and no folder, if one is not what the manifest says.
+    Every file is hashed as it lies there; ValueError, and no folder, if one is not what the manifest says. A folder
+    that is there already has to be this release, and is left: a pod's init containers run again after its node did.
     """
-    if os.path.lexists(target):
-        raise ValueError(f"{target}: is there already; name a folder that is not, such as one below it")
     check_release(store, bucket, digest, trusted)
+    if os.path.lexists(target):
+        try:
+            return _proven(target, trusted, digest)
+        except ValueError as error:
+            raise ValueError(f"{target}: is there already and is another thing: {error}; remove it") from None
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.iterdir():  # by a download that was killed: it may fill the disk
+        if left.name.startswith(f".{target.name}.") and left.suffix == ".tmp":
+            shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as work:
         folder = Path(work) / "release"
         store.download_folder(bucket, f"releases/{digest}", folder)
-        release = verify_folder(folder, trusted, digest)
-        require_approval(release)
+        release = _proven(folder, trusted, digest)
         os.replace(folder, target)
     return replace(release, folder=target)
+
+
+def _proven(folder: Path, trusted: list[Ed25519PublicKey], digest: str) -> Verified:
+    release = verify_folder(folder, trusted, digest)
+    require_approval(release)
+    return release

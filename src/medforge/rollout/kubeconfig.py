@@ -16,6 +16,10 @@ from typing import Any
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _EXEC_SECONDS = 60
+_NOT_TAKEN = {
+    "auth-provider", "username", "password", "as", "as-uid", "as-groups", "as-user-extra", "proxy-url",
+    "tls-server-name",
+}  # fmt: skip
 _FILES = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
 
 Token = Callable[[], str]
@@ -67,8 +71,11 @@ def of_kubeconfig(paths: list[Path]) -> Cluster:
     user = _named(merged, "users", context.get("user"), where) if context.get("user") else {}
     if not cluster.get("server"):
         raise ValueError(f"{where}: the cluster {context.get('cluster')!r} has no server")
-    if unknown := sorted({"auth-provider", "username", "password"} & set(user)):
-        raise ValueError(f"{where}: {', '.join(unknown)} is not supported; use a token, a client certificate or exec")
+    if unknown := sorted(_NOT_TAKEN & ({*user} | {*cluster})):
+        raise ValueError(
+            f"{where}: {', '.join(unknown)} is not supported; a rollout takes a server without a proxy, and a "
+            "token, a client certificate or exec"
+        )
     url = str(cluster["server"]).rstrip("/")
     tls = _tls(cluster, user, where) if url.startswith("https://") else None
     return Cluster(url, context.get("namespace") or "default", tls, _token(user, where))
@@ -106,7 +113,9 @@ def _tls(cluster: dict[str, Any], user: dict[str, Any], where: str) -> ssl.SSLCo
         authority = _pem(cluster, "certificate-authority", where)
         context = ssl.create_default_context(cadata=authority or None)
     certificate, key = _pem(user, "client-certificate", where), _pem(user, "client-key", where)
-    if certificate and key:
+    if bool(certificate) != bool(key):
+        raise ValueError(f"{where}: client-certificate and client-key go together; one of them is missing")
+    if certificate:
         with tempfile.TemporaryDirectory() as folder:  # for its owner only; the ssl module reads files
             path = Path(folder) / "both.pem"
             path.write_text(f"{certificate}\n{key}\n")
@@ -133,6 +142,8 @@ def _read(path: Path) -> str:
 
 def _token(user: dict[str, Any], where: str) -> Token | None:
     if user.get("exec"):
+        if user["exec"].get("provideClusterInfo"):
+            raise ValueError(f"{where}: exec.provideClusterInfo is not supported; use a token or a client certificate")
         return _Exec(user["exec"], where)
     if path := user.get("tokenFile"):
         return lambda: _read(Path(path))

@@ -29,6 +29,11 @@ class ApiError(ValueError):
         super().__init__(message)
         self.status = status
 
+    @property
+    def passes(self) -> bool:
+        """Whether the same request may be answered in a while: the API server is away, full or in trouble."""
+        return self.status in (0, 429) or self.status >= 500
+
 
 class Kubernetes:
     """Objects of one namespace."""

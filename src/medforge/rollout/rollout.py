@@ -6,20 +6,26 @@ and removed last, so that as long as it is there, something is left to be promot
 The gateways read routing.json within `settle_seconds` after it was changed (a kubelet brings a ConfigMap to its pods
 within its sync period and its cache's time, a minute each by default). So nothing that a gateway may still use is
 changed or removed before that time is over.
+
+An entry of the decision log is written before its act, so that no act is without one: of an act that was killed and
+started again it may stand twice. Only taking callers away from a bad canary waits for no log.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from medforge.release.promote import promote as promote_channel
 from medforge.release.publish import read_channel, resolve
 from medforge.rollout.checks import check_release
-from medforge.rollout.kubernetes import DEPLOYMENTS, INFERENCE_SERVICES, ApiError, Kubernetes, Object
+from medforge.rollout.kubernetes import INFERENCE_SERVICES, ApiError, Kubernetes, Object
 from medforge.rollout.log import Log
 from medforge.rollout.routing import Place, Routing, RoutingMap, candidate_url
 from medforge.rollout.services import (
@@ -30,9 +36,9 @@ from medforge.rollout.services import (
     check_managed,
     checks_itself,
     release_of,
-    wanting,
     with_release,
 )
+from medforge.rollout.waiting import NotReadyError, Waiting
 from medforge.rollout.watch import CanaryError, Patience, Prometheus, watch
 from medforge.storage import Store
 
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 _TRIES = 5
+_print = partial(print, flush=True)  # a line of a pod's log comes when it is so
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,13 @@ class Plan:
     ready_seconds: float = 1800.0
     settle_seconds: float = 130.0
     poll_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.ready_seconds < inf and 0 <= self.settle_seconds < inf and 0 < self.poll_seconds < inf):
+            raise ValueError(
+                f"the rollout's times make no sense: {self.ready_seconds:g} s to become ready, "
+                f"{self.settle_seconds:g} s to settle, a look each {self.poll_seconds:g} s"
+            )
 
 
 class Rollout:
@@ -67,12 +81,13 @@ class Rollout:
         *,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         sleep: Callable[[float], None] = time.sleep,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = _print,
     ) -> None:
         self._api, self._store, self._plan, self._trusted = api, store, plan, trusted
-        self._by, self._run, self._now, self._sleep, self._say = by, run or by, now, sleep, say
+        self._by, self._run, self._now, self._say = by, run or by, now, say
         self._stable_name, self._canary_name = f"{plan.name}-stable", f"{plan.name}-canary"
         self._map = RoutingMap(api, plan.name, self._run, now)
+        self._wait = Waiting(api, self._map, plan.poll_seconds, now, sleep, say)
 
     def deploy(self, release: str, share: float) -> str:
         """Give `share` (0–1) of the callers the release, a digest or channel, as a canary. Returns its digest.
@@ -85,8 +100,11 @@ class Rollout:
         stable = self._stable()
         bucket, served = release_of(stable)
         digest = resolve(self._store, bucket, release)
+        if begun := _annotation(stable, BACK_FROM):
+            raise ValueError(f"the rollback of {begun[:12]} was interrupted; `medforge rollout rollback` finishes it")
         if digest == served:
-            if self._canary() is not None:
+            canary = self._canary()
+            if canary is not None and release_of(canary)[1] == digest:
                 raise ValueError(
                     f"the promotion of {digest[:12]} was interrupted; `medforge rollout promote` finishes it, "
                     "`medforge rollout rollback` goes back"
@@ -99,14 +117,13 @@ class Rollout:
             url = candidate_url(
                 self._map.read().stable.url, f"{self._stable_name}-predictor", f"{self._canary_name}-predictor"
             )
-            self._make_canary(stable, digest)
+            self._make_canary(self._stable(), digest)
             self._await_canary(digest)
             before = self._map.read()
-            after = self._map.write(
-                lambda routing: replace(routing, candidate=Place(url, digest), weight=round(share, 6))
-            )
-            if before != after:
-                self._note("weight", digest, weight=after.weight, before=before.weight)
+            wanted = replace(before, candidate=Place(url, digest), weight=round(share, 6))
+            if before != wanted:
+                self._note("weight", digest, weight=wanted.weight, before=before.weight)
+                self._map.write(lambda routing: replace(routing, candidate=wanted.candidate, weight=wanted.weight))
         self._say(f"{digest[:12]} is given to {share:.1%} of the callers")
         return digest
 
@@ -117,7 +134,7 @@ class Rollout:
             digest = self._routed()
             self._note("watch", digest, seconds=patience.seconds, least_requests=patience.least_requests)
             try:
-                seen = watch(prometheus, self._api.namespace, self._plan.name, patience, self._wait, self._say)
+                seen = watch(prometheus, self._api.namespace, self._plan.name, patience, self._wait.pause, self._say)
             except CanaryError as error:
                 self._say(f"{digest[:12]} is rolled back: {error}")
                 self._undo(reason=str(error))
@@ -148,38 +165,42 @@ class Rollout:
         with self._map.held():
             if digest != served:
                 self._routed()
-                if missing := self._missing(self._canary_name, digest):
+                if missing := self._wait.missing(self._canary_name, digest):
                     raise ValueError(f"the canary is not ready, so it is not promoted: {missing}")
                 # while its pods are replaced, the stable Service answers with either release
                 self._note("promoting", digest, before=served)
                 self._any_stable()
-                self._set_stable(served, digest, {PREVIOUS: served})
                 self._note("stable", digest, before=served)
+                self._set_stable(served, digest, {PREVIOUS: served})
             try:
-                self._await(self._stable_name, digest)
-            except ValueError as error:
+                self._wait.until_ready(self._stable_name, digest, self._plan.ready_seconds)
+            except NotReadyError as error:
                 self._undo(reason=str(error))
                 raise ValueError(f"rolled back, as {self._stable_name} did not become ready: {error}") from None
             self._map.write(lambda routing: Routing(Place(routing.stable.url, digest), None, 0.0))
             promote_channel(self._store, bucket, digest, self._plan.channel, self._trusted, self._now())
             self._note("promoted", digest, channel=self._plan.channel)
-            self._settle("no gateway asks the canary")
+            self._wait.settle(self._plan.settle_seconds, "no gateway asks the canary")
             self._api.delete(INFERENCE_SERVICES, self._canary_name)
         self._say(f"{digest[:12]} is given to all callers; {self._plan.channel} names it")
         return digest
 
-    def rollback(self, reason: str, only_run: str = "") -> str:
+    def rollback(self, reason: str, only_run: str = "", release: str = "") -> str:
         """Take the canary away; without one, give the stable service the release that it had before its promotion.
 
-        Another rollout that is under way is stopped. With `only_run` nothing is done unless a canary of that run is
-        there. Returns the digest that was taken back, "" if none was.
+        Another rollout that is under way is stopped. `release`, where it is given, has to be what is taken back: a
+        digest or 6 and more of its first characters. Without it a rollback that follows another takes back nothing: who
+        says it twice means the same release. With `only_run` nothing is done unless a canary of that run is there.
+        Returns the digest that was taken back, "" if none was.
         """
+        if release and not re.fullmatch(r"[0-9a-f]{6,64}", release):
+            raise ValueError(f"{release!r} is no digest, nor 6 or more of its first characters")
         if only_run:
             canary = self._canary()
             if canary is None or (canary["metadata"].get("annotations") or {}).get(RUN) != only_run:
                 return ""
         with self._map.held(force=True):
-            return self._undo(reason)
+            return self._undo(reason, release, asked=True)
 
     def status(self) -> dict[str, Any]:
         """What is served and tried now: {stable, canary, routing, holder, log, problem}."""
@@ -189,13 +210,13 @@ class Rollout:
         for track, service in (("stable", stable), ("canary", canary)):
             if service is not None:
                 _, digest = release_of(service)
-                missing = self._missing(service["metadata"]["name"], digest)
+                missing = self._wait.missing(service["metadata"]["name"], digest)
                 told[track] = {"release": digest, "ready": not missing, "missing": missing}
         told["stable"]["previous"] = _annotation(stable, PREVIOUS)
         told["log"], told["problem"] = self._log(bucket).entries()
         return told
 
-    def _undo(self, reason: str) -> str:
+    def _undo(self, reason: str, release: str = "", asked: bool = False) -> str:
         """Roll back; the lock is held. What cannot be written to the log is told when all is done."""
         stable, canary = self._stable(), self._canary()
         bucket, served = release_of(stable)
@@ -215,6 +236,14 @@ class Rollout:
                 unlogged.append(f"{event}: {error}")
 
         back = served == tried or (not tried and not canary and bool(previous))
+        taken = served if back else tried
+        if release and not (taken and taken.startswith(release)):
+            raise ValueError(
+                f"{taken[:12] or 'nothing'} would be rolled back, not {release}; `medforge rollout status`"
+            )
+        if asked and not release and not tried and taken and self._last_event(bucket) == "rolled-back":
+            self._say(f"the last rollback is done; `medforge rollout rollback {taken[:12]}` takes back that one too")
+            return ""
         if back and not previous:
             raise ValueError(f"{self._stable_name} names no release before {served[:12]} to go back to; deploy another")
         if routing.candidate is not None or routing.weight:
@@ -222,15 +251,18 @@ class Rollout:
             note("weight", tried or served, weight=0.0, before=routing.weight, reason=reason)
         if back:
             self._back(bucket, served, previous, reason, note)
-        if canary is not None:
-            self._settle("no gateway asks the canary")
-            self._api.delete(INFERENCE_SERVICES, self._canary_name)
-        taken = served if back else tried
-        if not back and not self._missing(self._stable_name, served):
+        elif not self._wait.missing(self._stable_name, served):
             self._map.write(lambda routing: replace(routing, stable=Place(routing.stable.url, served)))
+        left = previous if back else served
         if taken:
-            note("rolled-back", taken, reason=reason, stable=previous if back else served)
-            self._say(f"{taken[:12]} is rolled back; {(previous if back else served)[:12]} is given to all callers")
+            note("rolled-back", taken, reason=reason, stable=left)
+        if canary is not None:
+            self._wait.settle(self._plan.settle_seconds, "no gateway asks the canary")
+            self._api.delete(INFERENCE_SERVICES, self._canary_name)
+        if back:
+            self._set_stable(previous, previous, {})
+        if taken:
+            self._say(f"{taken[:12]} is rolled back; {left[:12]} is given to all callers")
         if unlogged:
             raise ValueError(f"rolled back, but the decision log could not be written: {'; '.join(unlogged)}")
         return taken
@@ -239,14 +271,13 @@ class Rollout:
         """The stable service to the release before."""
         check_release(self._store, bucket, previous, self._trusted)
         self._any_stable()
-        self._set_stable(served, previous, {BACK_FROM: served})
         note("stable", previous, before=served, reason=reason)
-        self._await(self._stable_name, previous)
+        self._set_stable(served, previous, {BACK_FROM: served})
+        self._wait.until_ready(self._stable_name, previous, self._plan.ready_seconds)
         self._map.write(lambda routing: replace(routing, stable=Place(routing.stable.url, previous)))
         named = read_channel(self._store, bucket, self._plan.channel)
         if named is not None and named["release"] == served:
             promote_channel(self._store, bucket, previous, self._plan.channel, self._trusted, self._now())
-        self._set_stable(previous, previous, {})
 
     def _stable(self) -> Object:
         found = self._api.get(INFERENCE_SERVICES, self._stable_name)
@@ -275,6 +306,11 @@ class Rollout:
         if entries and entries[-1]["event"] == "rolled-back" and entries[-1]["by"] == self._by and not self._canary():
             raise CanaryError(f"{entries[-1]['release'][:12]} was rolled back: {entries[-1]['detail']['reason']}")
 
+    def _last_event(self, bucket: str) -> str:
+        """The last entry's of the decision log; "" without one."""
+        entries, _ = self._log(bucket).entries()
+        return str(entries[-1]["event"]) if entries else ""
+
     def _make_canary(self, stable: Object, digest: str) -> None:
         there = self._canary()
         if there is not None and there["metadata"].get("deletionTimestamp"):
@@ -284,15 +320,21 @@ class Rollout:
                 f"a canary of release {other[:12]} is there; promote it or roll it back first "
                 "(`medforge rollout promote`, `medforge rollout rollback`)"
             )
-        self._api.apply(INFERENCE_SERVICES, canary_of(stable, self._canary_name, digest, self._run))
         if there is None:
             self._note("canary", digest, stable=release_of(stable)[1])
+        try:
+            self._api.apply(INFERENCE_SERVICES, canary_of(stable, self._canary_name, digest, self._run))
+        except ApiError as error:
+            if there is None:
+                self._note("failed", digest, reason=str(error))
+            raise
+        if there is None:
             self._say(f"{self._canary_name} is made; it becomes ready when its model is loaded")
 
     def _await_canary(self, digest: str) -> None:
         try:
-            self._await(self._canary_name, digest)
-        except ValueError as error:
+            self._wait.until_ready(self._canary_name, digest, self._plan.ready_seconds)
+        except NotReadyError as error:
             if self._map.read().candidate is None:
                 self._api.delete(INFERENCE_SERVICES, self._canary_name)
                 self._note("failed", digest, reason=str(error))
@@ -318,45 +360,7 @@ class Rollout:
     def _any_stable(self) -> None:
         """Let the gateways take the stable predictor whatever release it tells; return when they do."""
         self._map.write(lambda routing: replace(routing, stable=Place(routing.stable.url, "")))
-        self._settle("no gateway insists on the release before")
-
-    def _missing(self, name: str, digest: str) -> str:
-        """Why a service does not serve the release with all its pods; "" if it does."""
-        service = self._api.get(INFERENCE_SERVICES, name)
-        if service is None:
-            return f"{name} is gone"
-        return wanting(service, self._api.get(DEPLOYMENTS, f"{name}-predictor"), digest)
-
-    def _await(self, name: str, digest: str) -> None:
-        """Return when the service serves the release. ValueError when it takes too long, with what Kubernetes tells."""
-        end = self._now().timestamp() + self._plan.ready_seconds
-        before = ""
-        while missing := self._missing(name, digest):
-            if missing != before:
-                self._say(f"{name}: {missing}")
-                before = missing
-            if self._now().timestamp() >= end:
-                try:
-                    events = self._api.events(name)
-                except ApiError as error:
-                    events = [f"its events cannot be read ({error.status})"]
-                told = "".join(f"\n  {line}" for line in events)
-                raise ValueError(
-                    f"{name} is not ready with {digest[:12]} after {self._plan.ready_seconds:.0f} s: {missing}{told}"
-                )
-            self._wait(self._plan.poll_seconds)
-
-    def _settle(self, until: str) -> None:
-        if self._plan.settle_seconds:
-            self._say(f"waiting {self._plan.settle_seconds:.0f} s, until {until}")
-        end = self._now().timestamp() + self._plan.settle_seconds
-        while (left := end - self._now().timestamp()) > 0:
-            self._wait(min(left, self._plan.poll_seconds))
-
-    def _wait(self, seconds: float) -> None:
-        """Wait, and hold the lock."""
-        self._sleep(seconds)
-        self._map.renew()
+        self._wait.settle(self._plan.settle_seconds, "no gateway insists on the release before")
 
     def _note(self, event: str, digest: str, **detail: Any) -> None:
         bucket, _ = release_of(self._stable())

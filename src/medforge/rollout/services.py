@@ -44,8 +44,12 @@ def check_managed(service: Object) -> None:
 
 
 def checks_itself(service: Object) -> bool:
-    """Whether its server proves the release before it serves it, as MedForge's predictor does and vLLM does not."""
-    return any(str(one).startswith("--release") for one in service["spec"]["predictor"]["model"].get("args") or [])
+    """Whether its pods prove the release before they serve it: MedForge's predictor does, and before vLLM an init
+    container with `medforge verify-release`."""
+    predictor = service["spec"]["predictor"]
+    before = [word for one in predictor.get("initContainers") or [] for word in one.get("command") or []]
+    given = predictor["model"].get("args") or []
+    return "verify-release" in before or any(str(one).startswith("--release") for one in given)
 
 
 def with_release(service: Object, digest: str, annotations: dict[str, str]) -> Object:
@@ -55,11 +59,12 @@ def with_release(service: Object, digest: str, annotations: dict[str, str]) -> O
     changed: dict[str, Any] = {"storageUri": model["storageUri"].replace(old, digest)}
     if model.get("args"):
         changed["args"] = [arg.replace(old, digest) for arg in model["args"]]
+    predictor: dict[str, Any] = {"model": changed}
+    if before := service["spec"]["predictor"].get("initContainers"):  # one brings and proves the release of vLLM
+        predictor["initContainers"] = _with(before, old, digest)
     return _service(
-        service["metadata"]["name"], service,
-        {"annotations": {RELEASE: digest} | annotations},
-        {"predictor": {"model": changed}},
-    )  # fmt: skip
+        service["metadata"]["name"], service, {"annotations": {RELEASE: digest} | annotations}, {"predictor": predictor}
+    )
 
 
 def canary_of(stable: Object, name: str, digest: str, run: str) -> Object:
@@ -73,9 +78,11 @@ def canary_of(stable: Object, name: str, digest: str, run: str) -> Object:
     model["storageUri"] = model["storageUri"].replace(old, digest)
     if model.get("args"):
         model["args"] = [arg.replace(old, digest) for arg in model["args"]]
+    if before := predictor.get("initContainers"):
+        predictor["initContainers"] = _with(before, old, digest)
     predictor["minReplicas"] = 1
     if "autoScaling" in predictor:  # an autoscaler's query names the service that it watches
-        predictor["autoScaling"] = json.loads(json.dumps(predictor["autoScaling"]).replace(stable_name, name))
+        predictor["autoScaling"] = _with(predictor["autoScaling"], stable_name, name)
     labels = {
         key: renamed.get(value, value)
         for key, value in (stable["metadata"].get("labels") or {}).items()
@@ -94,6 +101,11 @@ def canary_of(stable: Object, name: str, digest: str, run: str) -> Object:
         },
         spec,
     )  # fmt: skip
+
+
+def _with(value: Any, old: str, new: str) -> Any:
+    """A copy of a document with `new` for `old` in each of its texts."""
+    return json.loads(json.dumps(value).replace(old, new))
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:

@@ -7,6 +7,7 @@ asked.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 _RETRY_SECONDS = 10.0
+_TELL_SECONDS = 60.0  # between two lines of progress
 
 
 class CanaryError(ValueError):
@@ -70,7 +72,8 @@ class Prometheus:
     def alerts(self) -> list[dict[str, Any]]:
         """The alerts that are pending or firing."""
         found = self._get("alerts", {})["alerts"]
-        assert isinstance(found, list)
+        if not isinstance(found, list):
+            raise ValueError(f"{self._url}/api/v1/alerts gives no list")
         return found
 
     def number(self, query: str) -> float:
@@ -106,7 +109,7 @@ def watch(
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, float]:
     """Returns {seconds, requests, looks} of a canary that stayed without alerts; CanaryError says what was wrong."""
-    began, failed, looks = clock(), 0, 0
+    began, failed, looks, told = clock(), 0, 0, 0.0
     while True:
         try:
             _check_rules(prometheus, namespace, name)
@@ -132,16 +135,40 @@ def watch(
                 f"only {requests:.0f} requests came to the canary in {passed:.0f} s, {patience.least_requests} are "
                 "needed to judge it: give it a larger share, or more time"
             )
+        if passed - told >= _TELL_SECONDS:
+            say(
+                f"watch: {passed:.0f} of {patience.seconds:.0f} s, {requests:.0f} of {patience.least_requests} "
+                "requests, no alert"
+            )
+            told = passed
         wait(patience.every)
 
 
 def _check_rules(prometheus: Prometheus, namespace: str, name: str) -> None:
-    """ValueError unless there are rules that would roll a canary back, and all of them can be evaluated."""
-    rules = [rule for rule in prometheus.rules() if rule.get("labels", {}).get("rollback") == "true"]
+    """ValueError unless there are rules that would roll this canary back, and all of them can be evaluated."""
+    rules = [
+        rule
+        for rule in prometheus.rules()
+        if rule.get("labels", {}).get("rollback") == "true" and _sees(str(rule.get("query", "")), namespace, name)
+    ]
     if not rules:
-        raise ValueError('Prometheus has no alert with the label rollback="true": install the chart\'s PrometheusRule')
+        raise ValueError(
+            f'Prometheus has no alert with the label rollback="true" for {name}-gateway in {namespace}: install the '
+            "chart's PrometheusRule (monitoring.rules.enabled)"
+        )
     if broken := sorted(rule["name"] for rule in rules if rule.get("health") == "err"):
         raise ValueError(f"Prometheus cannot evaluate {', '.join(broken)}")
+
+
+def _sees(query: str, namespace: str, name: str) -> bool:
+    """Whether a rule's query looks at this installation: the chart narrows each one to its own."""
+    return all(
+        own in (given or [own])
+        for own, given in (
+            (namespace, re.findall(r'\bnamespace="([^"]*)"', query)),
+            (f"{name}-gateway", re.findall(r'\bservice="([^"]*)"', query)),
+        )
+    )
 
 
 def _counts(alert: dict[str, Any], namespace: str, name: str) -> bool:

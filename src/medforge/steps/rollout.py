@@ -35,10 +35,10 @@ def complete(release: str, namespace: str, name: str, run: str, channel: str) ->
         rollout.promote(release)
 
 
-def rollback(canary: int, state: str, namespace: str, name: str, run: str) -> None:
+def rollback(canary: int, state: str, namespace: str, name: str, run: str, channel: str) -> None:
     """After a release that failed, remove its canary if it left one; nothing without a canary."""
     if canary and state != "SUCCEEDED":
-        with _rollout(namespace, name, "champion", run) as rollout:
+        with _rollout(namespace, name, channel, run) as rollout:
             taken = rollout.rollback(f"the release pipeline ended as {state}", only_run=run)
         print(f"rolled back {taken}" if taken else "no canary of this run is there", flush=True)
 

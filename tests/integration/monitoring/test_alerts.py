@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,9 @@ import httpx
 import pytest
 import yaml
 
+from tests.integration.prometheus import prometheus as running
 from tests.integration.serving.conftest import fake, gateway, key, serve, settings
-from tests.integration.serving.test_prometheus import ask, need
+from tests.integration.serving.test_prometheus import ask
 from tests.unit.gateway.conftest import Gateway, Serve, Settings, until
 from tests.unit.gateway.fake import Fake
 from tests.unit.monitoring.promql import RULES
@@ -55,37 +53,11 @@ def prometheus(canary: Gateway, tmp_path: Path) -> Iterator[httpx.Client]:
     target = {"targets": [canary.url.removeprefix("http://")]}
     labels = {"namespace": "hospital", "service": "medforge-gateway", "pod": "gateway-0"}
     config = {
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
         "rule_files": [path.name for path in RULES],
         "scrape_configs": [{"job_name": "gateway", "static_configs": [target | {"labels": labels}]}],
     }
-    (tmp_path / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ("--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address=127.0.0.1:{port}")
-    command = [need("prometheus"), *options]
-    with (tmp_path / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client:
-
-            def is_ready() -> bool:
-                assert process.poll() is None, (tmp_path / "prometheus.log").read_text()
-                try:
-                    return client.get("/-/ready").status_code == 200
-                except httpx.TransportError:
-                    return False
-
-            until(is_ready, 60)
-            yield client
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    with running(tmp_path, config) as client:
+        yield client
 
 
 def firing(client: httpx.Client) -> dict[str, dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -14,7 +15,7 @@ from medforge.config import PolicyConfig, RuleConfig
 from medforge.embedded import serve
 from medforge.files import sha256_bytes, write_json
 from medforge.release.policy import judge
-from medforge.release.publish import publish
+from medforge.release.publish import publish, read_channel
 from medforge.release.sign import approve, load_public_key, new_key
 from medforge.rollout.kubeconfig import Cluster as Connection
 from medforge.rollout.kubernetes import Kubernetes
@@ -109,3 +110,54 @@ def site(request: pytest.FixtureRequest, environment: dict[str, str], tmp_path: 
     cluster = Cluster()
     yield Site(cluster, Store.from_environment(environment), bucket, tmp_path)
     cluster.close()
+
+
+URL = f"http://medforge-{{}}-predictor.{NAMESPACE}.svc.cluster.local/openai/v1"
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing of the process runs any more."""
+
+
+def place(track: str, release: str) -> dict[str, str]:
+    return {"url": URL.format(track), "release": release}
+
+
+@pytest.fixture
+def old(site: Site) -> str:
+    """The release that is served."""
+    digest = site.publish(0.7)
+    site.cluster.install(digest, site.bucket)
+    return digest
+
+
+def state(site: Site) -> dict[str, Any]:
+    """All that a rollout decides."""
+    return {
+        "stable": site.cluster.release("medforge-stable"),
+        "canary": site.cluster.release("medforge-canary"),
+        "routing": site.cluster.routing,
+        "champion": (read_channel(site.store, site.bucket, "champion") or {}).get("release"),
+        "holder": site.cluster.objects["configmaps", "medforge-routing"]["metadata"].get("annotations", {}),
+    }
+
+
+@contextmanager
+def killed_at(index: int, answered: bool) -> Iterator[None]:
+    """The process dies at its request of that number: before it is sent, or when its answer has come."""
+    count = 0
+    send = Kubernetes._send
+
+    def fatal(self: Kubernetes, *given: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > index + 1 or (count == index + 1 and not answered):
+            raise Killed
+        result = send(self, *given, **more)
+        if count == index + 1:
+            raise Killed
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kubernetes, "_send", fatal)
+        yield

@@ -1,58 +1,18 @@
-"""A canary, its promotion, its end: against a Kubernetes API and an object store; refused, interrupted and killed."""
+"""A canary, its promotion, its end: against a Kubernetes API and an object store; refused and interrupted."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from medforge.cli import main
-from medforge.release.publish import read_channel
-from medforge.rollout.kubeconfig import Cluster as Connection
-from medforge.rollout.kubernetes import ApiError, Kubernetes
 from medforge.rollout.routing import LockedError
 from medforge.s3 import Entry
 from medforge.storage import Entries, Names, Store
-from tests.integration.rollout.cluster import NAMESPACE, TOKEN, stable_service
-from tests.integration.rollout.conftest import Site
-
-URL = f"http://medforge-{{}}-predictor.{NAMESPACE}.svc.cluster.local/openai/v1"
-
-
-class Killed(BaseException):
-    """As SIGKILL: nothing of the process runs any more."""
-
-
-def place(track: str, release: str) -> dict[str, str]:
-    return {"url": URL.format(track), "release": release}
-
-
-@pytest.fixture
-def old(site: Site) -> str:
-    """The release that is served."""
-    digest = site.publish(0.7)
-    site.cluster.install(digest, site.bucket)
-    return digest
-
-
-def state(site: Site) -> dict[str, Any]:
-    """All that a rollout decides."""
-    return {
-        "stable": site.cluster.release("medforge-stable"),
-        "canary": site.cluster.release("medforge-canary"),
-        "routing": site.cluster.routing,
-        "champion": (read_channel(site.store, site.bucket, "champion") or {}).get("release"),
-        "holder": site.cluster.objects["configmaps", "medforge-routing"]["metadata"].get("annotations", {}),
-    }
+from tests.integration.rollout.cluster import NAMESPACE, stable_service
+from tests.integration.rollout.conftest import Killed, Site, killed_at, place, state
 
 
 def test_a_canary_is_a_copy_of_the_stable_service_with_another_release(site: Site, old: str) -> None:
@@ -124,8 +84,9 @@ def test_a_promotion_gives_the_release_to_all(site: Site, old: str) -> None:
     events = ["canary", "weight", "weight", "promoting", "stable", "promoted"]
     assert site.events() == [f"{event} {new[:6]}" for event in events]
     assert site.rollout().promote(new) == new  # once more: nothing is left to be done
-    with pytest.raises(ValueError, match="there is no canary to promote"):
-        site.rollout().promote()
+    for another in ("", old):
+        with pytest.raises(ValueError, match="there is no canary to promote"):
+            site.rollout().promote(another)
 
 
 class Remembered(Store):
@@ -185,6 +146,12 @@ def test_killed_at_any_request_it_goes_on(site: Site, old: str, name: str) -> No
     assert done["holder"] == {}
     writes = [index for index, method in enumerate(requests) if method != "GET"]
     assert len(writes) >= 4
+    told = {
+        "deploy": {"canary", "weight"},
+        "promote": {"promoting", "stable", "promoted"},
+        "rollback": {"rolled-back"},
+        "rollback of a promotion": {"stable", "rolled-back"},
+    }
     for index in writes:
         for answered in (False, True):
             begin()
@@ -200,28 +167,11 @@ def test_killed_at_any_request_it_goes_on(site: Site, old: str, name: str) -> No
             else:
                 act(site, new, name)
             reached = state(site)
+            assert "rolling-back-from" not in str(site.cluster.objects["inferenceservices", "medforge-stable"])
             assert reached | {"holder": {}} == done, f"killed at request {index}, answered: {answered}"
-
-
-@contextmanager
-def killed_at(index: int, answered: bool) -> Iterator[None]:
-    """The process dies at its request of that number: before it is sent, or when its answer has come."""
-    count = 0
-    send = Kubernetes._send
-
-    def fatal(self: Kubernetes, *given: Any, **more: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count > index + 1 or (count == index + 1 and not answered):
-            raise Killed
-        result = send(self, *given, **more)
-        if count == index + 1:
-            raise Killed
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Kubernetes, "_send", fatal)
-        yield
+            assert told[name] <= {line.split()[0] for line in site.events()}, (
+                f"killed at {index}, {answered}: {site.events()}"
+            )
 
 
 def test_what_may_not_be_served_is_refused_before_anything_is_applied(site: Site, old: str) -> None:
@@ -349,6 +299,8 @@ def test_a_promotion_is_taken_back(site: Site, old: str) -> None:
     assert (state(site)["stable"], state(site)["champion"]) == (first, first)
     assert site.cluster.routing == {"stable": place("stable", first), "candidate": None, "weight": 0.0}
     assert site.rollout().rollback("again") == ""  # not back and forth
+    with pytest.raises(ValueError, match="nothing would be rolled back"):
+        site.rollout().rollback("again", release=first)
     assert state(site)["stable"] == first
     entry = site.rollout().status()["log"][-1]
     assert (entry["event"], entry["release"], entry["by"]) == ("rolled-back", second, "us")
@@ -361,6 +313,7 @@ def test_a_release_that_was_refused_meanwhile_is_neither_promoted_nor_gone_back_
     site.sign(new, "refuse")
     with pytest.raises(ValueError, match="is refused"):
         site.rollout().promote()
+    assert state(site)["stable"] == old
     assert site.rollout().rollback("a reviewer refused it") == new
     other = site.publish(0.9)
     site.rollout().deploy(other, 0.1)
@@ -380,54 +333,6 @@ def test_only_a_runs_own_canary_is_removed_at_its_end(site: Site, old: str) -> N
     assert site.rollout(run="run-1").rollback("-", only_run="run-1") == ""
 
 
-def test_the_api_refuses_stumbles_and_is_away(site: Site, old: str) -> None:
-    new = site.publish(0.8)
-    site.cluster.faults.append(("PATCH", "inferenceservices", 403))
-    with pytest.raises(ApiError, match=r"medforge-canary: the Kubernetes API answers 403: as the script says; .*Role"):
-        site.rollout().deploy(new, 0.1)
-    assert state(site)["holder"] == {}
-    site.cluster.faults.extend([("PATCH", "configmaps", 409), ("PATCH", "inferenceservices", 500), ("GET", "-", 503)])
-    assert site.rollout().deploy(new, 0.1) == new
-    site.cluster.faults.extend([("PATCH", "stable", 409), ("PATCH", "configmaps", 409)])
-    assert site.rollout().promote() == new
-    site.cluster.faults.extend([("GET", "inferenceservices", 500)] * 9)
-    with pytest.raises(ApiError, match="answers 500"):
-        site.rollout().rollback("-")
-    site.cluster.faults.clear()
-    site.cluster.before = lambda method, path: None
-    wrong = Kubernetes(Connection(site.cluster.url, NAMESPACE, None, lambda: "x"))
-    with pytest.raises(ApiError, match=r"401.*not valid"):
-        wrong.get("apis/serving.kserve.io/v1beta1/namespaces/{namespace}/inferenceservices", "x")
-    with pytest.raises(ApiError, match="is KServe installed"):
-        Kubernetes(Connection(site.cluster.url, NAMESPACE, None, lambda: TOKEN)).get("apis/none", "x")
-    site.cluster.close()
-    with pytest.raises(ApiError, match="the Kubernetes API cannot be reached"):
-        site.rollout().rollback("-")
-
-
-def test_what_others_changed_is_a_conflict(site: Site, old: str) -> None:
-    new = site.publish(0.8)
-    site.rollout().deploy(new, 0.1)
-    canary = {
-        "metadata": {"name": "medforge-canary", "namespace": NAMESPACE},
-        "spec": {"predictor": {"minReplicas": 3}},
-    }
-    site.cluster.apply("inferenceservices", canary, "kubectl", True)
-    with pytest.raises(ApiError, match=r'conflict with "kubectl": spec.predictor.minReplicas'):
-        site.rollout().deploy(new, 0.2)
-    assert site.rollout().rollback("-") == new
-
-
-def test_a_store_that_is_away_does_not_keep_a_bad_release_in_front_of_callers(site: Site, old: str) -> None:
-    new = site.publish(0.8)
-    site.rollout().deploy(new, 0.5)
-    away = Store("127.0.0.1:9", "abc", "abcdefgh", "us-east-1", False)
-    with pytest.raises(ValueError, match=r"rolled back, but the decision log could not be written: weight: .*reached"):
-        site.rollout(store=away).rollback("alarm")
-    assert state(site)["canary"] is None
-    assert state(site)["routing"]["candidate"] is None
-
-
 @pytest.mark.parametrize("harm", ["change", "remove"])
 def test_a_decision_log_that_was_changed_is_told(site: Site, old: str, harm: str) -> None:
     new = site.publish(0.8)
@@ -442,92 +347,6 @@ def test_a_decision_log_that_was_changed_is_told(site: Site, old: str, harm: str
     else:
         site.store.remove(site.bucket, keys[1])
         assert site.rollout().status()["problem"].startswith(f"{keys[2]}: the entry before it was changed, removed")
-
-
-def settings(site: Site) -> dict[str, str]:
-    """What the commands find in their environment."""
-    config = site.folder / "kubeconfig"
-    config.write_text(site.cluster.kubeconfig())
-    return {"MEDFORGE_TRUSTED_KEYS": (site.folder / "key.pub").read_text(), "KUBECONFIG": str(config)}
-
-
-@pytest.fixture
-def run(
-    site: Site, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[str, str]]:
-    """`medforge …` in this process: what it printed, and what it complained of."""
-    for name, value in (environment | settings(site)).items():
-        monkeypatch.setenv(name, value)
-
-    def run(*words: str) -> tuple[str, str]:
-        status = main(words)
-        out, err = capsys.readouterr()
-        assert bool(status) == ("medforge " in err), err
-        return out, err
-
-    return run
-
-
-def test_the_commands(site: Site, old: str, run: Callable[..., tuple[str, str]]) -> None:
-    new = site.publish(0.8)
-    site.cluster.looks_until_ready = 0
-    assert run("deploy", new[:12], "--canary", "10")[0] == (
-        f"{new[:12]} is whole, passed its policy, and was approved\n"
-        "medforge-canary is made; it becomes ready when its model is loaded\n"
-        f"{new[:12]} is given to 10.0% of the callers\n"
-    )
-    out, _ = run("rollout", "status")
-    assert out.splitlines()[:3] == [
-        f"stable  {old[:12]}  ready", f"canary  {new[:12]}  ready", "callers 10.0% are given the canary",
-    ]  # fmt: skip
-    assert f"{new[:12]}  canary" in out.splitlines()[3]
-    assert (
-        run("rollout", "promote", "--settle-seconds", "0")[0]
-        == f"{new[:12]} is given to all callers; champion names it\n"
-    )
-    out, _ = run("rollout", "rollback", "--settle-seconds", "0", "--reason", "too slow")
-    assert out == f"{new[:12]} is rolled back; {old[:12]} is given to all callers\n"
-    assert run("deploy", new, "--canary", "0")[1].startswith("medforge deploy: the canary's share is 0%")
-    assert "is named 'nothing'" in run("deploy", "nothing", "--canary", "5")[1]
-    assert "MEDFORGE_PROMETHEUS_URL" in run("rollout", "watch")[1]
-
-
-def test_a_command_that_was_killed(
-    site: Site, old: str, environment: dict[str, str], run: Callable[..., tuple[str, str]]
-) -> None:
-    new = site.publish(0.8)
-    site.cluster.never_ready.add("medforge-canary")
-    command = [sys.executable, "-m", "medforge", "deploy", new, "--canary", "10"]
-    process = subprocess.Popen(command, env=os.environ | environment | settings(site), stdout=subprocess.DEVNULL)
-    site.cluster.before = lambda method, path: (
-        process.send_signal(signal.SIGKILL) if method == "GET" and "deployments/medforge-canary" in path else None
-    )
-    assert process.wait(60) == -signal.SIGKILL
-    site.cluster.before = lambda method, path: None
-    assert "is under way; if it was killed, try again after" in run("deploy", new, "--canary", "10")[1]
-    out, _ = run("rollout", "rollback", "--settle-seconds", "0")
-    assert out == f"{new[:12]} is rolled back; {old[:12]} is given to all callers\n"
-    assert state(site)["holder"] == {} and state(site)["canary"] is None
-
-
-def test_a_release_is_verified_and_downloaded(site: Site, run: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
-    new = site.publish(0.8)
-    words = ("verify-release", new[:10], "--bucket", site.bucket)
-    assert run(*words)[0] == f"{new} is whole, and approved by a trusted reviewer\n"
-    target = tmp_path / "models" / "release"
-    assert run(*words, "--out", str(target))[0].startswith(new)
-    assert json.loads((target / "model" / "config.json").read_text()) == {"figure": 0.8}
-    assert run("verify-release", str(target))[0] == f"{new} is whole, and approved by a trusted reviewer\n"
-    assert "is there already" in run(*words, "--out", str(target))[1]
-    (target / "model" / "config.json").write_text('{"figure": 1}\n')
-    assert "config.json" in run("verify-release", str(target))[1]
-    key = f"releases/{new}/model/config.json"
-    site.store.put(site.bucket, key, site.store.get(site.bucket, key).replace(b"0.8", b"0.9"))
-    assert "corrupted" in run(*words)[1]
-    assert "config.json" in run(*words, "--out", str(target.with_name("other")))[1]
-    assert [path.name for path in target.parent.iterdir()] == ["release"]
-    unsigned = site.publish(0.9, approved=False)
-    assert "is unsigned" in run("verify-release", unsigned, "--bucket", site.bucket)[1]
 
 
 def test_of_two_that_read_at_the_same_moment_one_is_refused(site: Site, old: str) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
-import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,63 +12,18 @@ import httpx
 import pytest
 
 from tests.conftest import png
+from tests.integration.prometheus import need
+from tests.integration.prometheus import prometheus as running
 from tests.unit.gateway.conftest import Gateway, until
 from tests.unit.gateway.fake import RELEASE, Fake
-
-CONFIG = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}}
-
-
-def need(program: str) -> str:
-    """The program's path; skips where it is missing."""
-    found = shutil.which(program)
-    if found is None:
-        pytest.skip(f"{program} is not installed: apt-get install prometheus")
-    return found
 
 
 @pytest.fixture
 def prometheus(gateway: Gateway, tmp_path: Path) -> Iterator[httpx.Client]:
     """A client of the API of a Prometheus that scrapes the gateway every second."""
-    program = need("prometheus")
-    target = gateway.url.removeprefix("http://")
-    jobs = [{"job_name": "gateway", "static_configs": [{"targets": [target]}]}]
-    config = tmp_path / "prometheus.yml"
-    config.write_text(json.dumps(CONFIG | {"scrape_configs": jobs}))  # JSON is YAML
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path / "prometheus.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [
-                program,
-                f"--config.file={config}",
-                f"--storage.tsdb.path={tmp_path / 'tsdb'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            cwd=tmp_path,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client:
-
-            def is_ready() -> bool:
-                assert process.poll() is None, log.read_text()
-                try:
-                    return client.get("/-/ready").status_code == 200
-                except httpx.TransportError:
-                    return False
-
-            until(is_ready, 60)
-            yield client
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    target = {"targets": [gateway.url.removeprefix("http://")]}
+    with running(tmp_path, {"scrape_configs": [{"job_name": "gateway", "static_configs": [target]}]}) as client:
+        yield client
 
 
 def query(client: httpx.Client, text: str) -> float | None:

@@ -83,7 +83,8 @@ EVERYTHING = merged(
                       "priorityClassName": "high", "extraArgs": ["--max-wait-ms=10"]},
         "objectStore": {"caConfigMap": "site-ca", "externalSecret": {"enabled": True, "storeName": "vault"}},
         "gatewayExternalSecret": {"enabled": True, "storeName": "vault"},
-        "pipelines": {"launcher": {"enabled": True}, "schedule": SCHEDULE, "namespace": "research",
+        "pipelines": {"launcher": {"enabled": True}, "schedule": SCHEDULE | {"multiUser": True},
+                      "namespace": "research", "serviceAccount": "default-editor", "trainJobs": True,
                       "cluster": {"steps": {"train": {"gpu": {"count": 1}}}}},
         "networkPolicy": {"identityProvider": {"to": [{"ipBlock": {"cidr": "10.9.0.0/16"}}]}},
         "rollout": {"serviceAccounts": [{"name": "default-editor", "namespace": "research"}]},
@@ -102,7 +103,7 @@ SETS: dict[str, Values] = {
         {"images": {"registry": "registry.hospital.example/mirror"}},
     ),
     "everything": EVERYTHING,
-    "vllm": merged(PRODUCTION, VLLM),
+    "vllm": merged(PRODUCTION, VLLM, {"objectStore": {"caConfigMap": "site-ca"}}),
     "another runtime": merged(
         PRODUCTION, VLLM, {"predictor": {"existingRuntime": "kserve-vllmserver", "gpu": {"count": 1}}}
     ),
@@ -166,15 +167,22 @@ def pods(found: list[Object]) -> Iterator[tuple[str, Object, Object]]:
             labels = o["metadata"]["labels"] | {"serving.kserve.io/inferenceservice": o["metadata"]["name"]}
             if runtime := runtimes.get(o["spec"]["predictor"]["model"]["runtime"]):
                 spec = {k: v for k, v in runtime.items() if k in _POD_FIELDS} | predictor
-                resources = o["spec"]["predictor"]["model"]["resources"]
-                container = merged(runtime["containers"][0], {"resources": resources})
-                yield where, {"labels": labels}, spec | {"containers": [container]}
+                spec["volumes"] = runtime["volumes"] + predictor.get("volumes", [])
+                model = o["spec"]["predictor"]["model"]
+                mounts = runtime["containers"][0]["volumeMounts"] + model.get("volumeMounts", [])
+                own = {"resources": model["resources"], "volumeMounts": mounts}
+                yield where, {"labels": labels}, spec | {"containers": [merged(runtime["containers"][0], own)]}
+
+
+def containers(spec: Object) -> list[Object]:
+    """All containers of a pod, those that run before the others too."""
+    return [*spec.get("initContainers", []), *spec["containers"]]
 
 
 _POD_FIELDS = {
     "containers", "volumes", "securityContext", "serviceAccountName", "automountServiceAccountToken", "nodeSelector",
     "tolerations", "topologySpreadConstraints", "terminationGracePeriodSeconds", "imagePullSecrets",
-    "priorityClassName", "runtimeClassName",
+    "priorityClassName", "runtimeClassName", "initContainers",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import kubernetes.client
 import kubernetes_validate
 import pytest
 
-from tests.unit.chart.rendering import CHART, SETS, Object, objects, one, pods, render
+from tests.unit.chart.rendering import CHART, SETS, Object, containers, objects, one, pods, render
 
 OLDER, NEWEST = ("1.29", "1.33"), "1.37"
 OTHERS_KINDS = {
@@ -135,7 +135,7 @@ def test_pods_keep_the_restricted_standard(found: list[Object]) -> None:
     for where, _, spec in pods(found):
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), where
         assert all(set(volume) - {"name"} <= VOLUMES for volume in spec.get("volumes", [])), where
-        for container in spec["containers"] + spec.get("initContainers", []):
+        for container in containers(spec):
             security = spec["securityContext"] | container["securityContext"]
             assert security["runAsNonRoot"] is True and security["runAsUser"] == 10001, where
             assert security["seccompProfile"]["type"] == "RuntimeDefault", where
@@ -147,7 +147,7 @@ def test_pods_keep_the_restricted_standard(found: list[Object]) -> None:
 def test_pods_ask_for_what_they_need_and_no_token(found: list[Object]) -> None:
     for where, _, spec in pods(found):
         assert spec["automountServiceAccountToken"] is False, where
-        for container in spec["containers"]:
+        for container in containers(spec):
             resources = container["resources"]
             assert set(resources["requests"]) >= {"cpu", "memory"} and "memory" in resources["limits"], where
             gpus = [resources[kind].get("nvidia.com/gpu") for kind in ("requests", "limits")]
@@ -168,10 +168,10 @@ def test_what_is_named_is_there(found: list[Object]) -> None:
             if f"{o['kind']} {o['metadata']['name']}" == where and o["kind"] == "StatefulSet"
             for template in o["spec"]["volumeClaimTemplates"]
         }
-        for container in spec["containers"]:
-            mounts = [mount["name"] for mount in container["volumeMounts"]]
-            assert set(mounts) == set(volumes) | claimed, where
-            assert all("subPath" not in mount for mount in container["volumeMounts"]), where
+        mounts = [(container["name"], mount) for container in containers(spec) for mount in container["volumeMounts"]]
+        assert {mount["name"] for _, mount in mounts} == set(volumes) | claimed, where
+        assert len({(name, mount["mountPath"]) for name, mount in mounts}) == len(mounts), where
+        assert all("subPath" not in mount for _, mount in mounts), where
         for volume in volumes.values():
             if name := volume.get("configMap", {}).get("name", ""):
                 assert ("ConfigMap", name) in there or not name.startswith("medforge-"), (where, name)
@@ -214,7 +214,7 @@ def test_no_secret_is_made_of_values(found: list[Object]) -> None:
 def test_a_mirror_is_asked_for_every_image() -> None:
     for name in ("air-gapped", "everything"):
         for where, _, spec in pods(objects(SETS[name])):
-            for container in spec["containers"]:
+            for container in containers(spec):
                 assert container["image"].startswith("registry.hospital.example/mirror/"), where
                 assert re.search(r"@sha256:[0-9a-f]{64}$", container["image"]), where
                 assert "imagePullSecrets" in spec, where
@@ -241,16 +241,38 @@ def test_nothing_is_reached_but_what_is_named() -> None:
         assert all(rule["from"] and rule["ports"] for rule in spec.get("ingress", [])), name
 
 
-def test_the_rollout_may_do_little(found: list[Object]) -> None:
-    roles = [o for o in found if o["kind"] in ("Role", "ClusterRole")]
-    assert all(role["kind"] == "Role" for role in roles)
-    assert len(roles) == any(
-        o["kind"] == "Role" or o["metadata"].get("annotations", {}).get("medforge.io/managed-by-rollout") == "true"
-        for o in found
-    )
-    for role in roles:
+def test_accounts_may_do_little(found: list[Object]) -> None:
+    roles = {o["metadata"]["name"]: o for o in found if "Role" in o["kind"] and "Binding" not in o["kind"]}
+    bindings = [o for o in found if "Binding" in o["kind"]]
+    assert {o["kind"] for o in [*roles.values(), *bindings]} <= {"Role", "RoleBinding"}
+    assert sorted(o["roleRef"]["name"] for o in bindings) == sorted(roles)
+    for binding in bindings:
+        assert binding["metadata"].get("namespace") == roles[binding["roleRef"]["name"]]["metadata"].get("namespace")
+    for role in roles.values():
         for rule in role["rules"]:
-            assert not {"*", "secrets", "pods"} & {*rule["verbs"], *rule["resources"], *rule["apiGroups"]}
-            assert "resourceNames" in rule or rule["verbs"] in (["create"], ["list"])
+            assert not {"*", "secrets", "pods/exec"} & {*rule["verbs"], *rule["resources"], *rule["apiGroups"]}
             # a rule that names objects and creates, lists or watches them allows nothing
             assert not ("resourceNames" in rule and {"create", "list", "watch"} & set(rule["verbs"]))
+    for rule in roles.get("medforge-rollout", {"rules": []})["rules"]:
+        assert "resourceNames" in rule or rule["verbs"] in (["create"], ["list"])
+        assert "pods" not in rule["resources"]
+
+
+def test_who_may_do_what() -> None:
+    """Of all accounts only these three may do anything, each in one namespace."""
+    found = objects(SETS["everything"])
+    bound = {
+        o["metadata"]["name"]: (
+            o["metadata"].get("namespace", "med"),
+            [(s["namespace"], s["name"]) for s in o["subjects"]],
+        )
+        for o in found
+        if o["kind"] == "RoleBinding"
+    }
+    runs = ("research", "default-editor")
+    assert bound == {
+        "medforge-rollout": ("med", [("med", "medforge-rollout"), runs]),
+        "medforge-trainjobs": ("research", [runs]),
+        "medforge-schedule": ("research", [("med", "medforge-jobs")]),
+    }
+    assert not [o for o in objects(SETS["production"]) if o["kind"] == "RoleBinding" and "rollout" not in str(o)]

@@ -16,6 +16,7 @@ from medforge.release.promote import trusted_keys
 from medforge.release.sign import load_public_key
 from medforge.rollout.routing import candidate_url, parse
 from medforge.rollout.services import canary_of, check_managed, checks_itself, release_of, with_release
+from medforge.rollout.watch import _sees
 from pipelines import kubeflow
 from pipelines.client import MOUNTED_TOKEN
 from pipelines.cluster import load_cluster
@@ -169,6 +170,16 @@ def test_a_rollout_finds_what_it_changes() -> None:
     assert verbs["configmaps", "medforge-routing"] == ["get", "patch"]
 
 
+def test_a_watch_finds_the_rules_of_its_own_installation() -> None:
+    """medforge.rollout's own reading of the chart's alerts: each is about one namespace and one gateway."""
+    groups = one(objects(PRODUCTION), "PrometheusRule")["spec"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"] if rule.get("labels", {}).get("rollback") == "true"]
+    assert len(rules) >= 3
+    for rule in rules:
+        assert _sees(rule["expr"], "med", "medforge")
+        assert not _sees(rule["expr"], "other", "medforge") and not _sees(rule["expr"], "med", "chest")
+
+
 def test_with_gitops_a_rollout_refuses_and_the_routing_names_both() -> None:
     found = objects(SETS["gitops"])
     with pytest.raises(ValueError, match="managed by Helm"):
@@ -196,11 +207,81 @@ def test_vllm_is_given_the_merged_model_and_its_accelerators() -> None:
     found = objects(SETS["vllm"])
     container = one(found, "ServingRuntime")["spec"]["containers"][0]
     model = one(found, "InferenceService")["spec"]["predictor"]["model"]
-    assert model["args"] == ["--model=/mnt/models/model"]
+    assert model["args"] == ["--model=/mnt/models/release/model"]
     wanted = {"--tensor-parallel-size=2", "--served-model-name=medforge", "--max-model-len=8192"}
     assert wanted <= set(container["args"])
     assert model["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "2"}
     assert model["resources"]["requests"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "2"}
+
+
+@pytest.mark.parametrize("name", ["vllm", "another runtime"])
+def test_vllm_loads_only_what_medforge_has_proven(name: str) -> None:
+    """KServe adds no storage initializer to a pod that has one (pkg/webhook/admission/pod of kserve/kserve)."""
+    from medforge.s3 import is_configured
+
+    service = one(objects(SETS[name]), "InferenceService")
+    predictor = service["spec"]["predictor"]
+    (before,) = predictor["initContainers"]
+    assert before["name"] == "storage-initializer"
+    given = medforge_parser().parse_args(before["command"][1:])
+    assert (given.release, given.bucket) == release_of(service)[::-1]
+    (model,) = [arg.removeprefix("--model=") for arg in predictor["model"]["args"] if arg.startswith("--model=")]
+    assert Path(model) == given.out / "model"  # KServe's own would bring it to /mnt/models/model
+    mounted = {mount["name"]: mount for mount in before["volumeMounts"]}
+    (mine,) = [mount for mount in predictor["model"]["volumeMounts"] if model.startswith(mount["mountPath"])]
+    assert mine["readOnly"] and mounted[mine["name"]]["mountPath"] == mine["mountPath"]
+    assert given.out.parent == Path(mine["mountPath"])  # it makes the folder itself
+    assert given.trusted and {path.parent for path in given.trusted} == {Path(mounted["reviewers"]["mountPath"])}
+    assert is_configured({entry["name"]: entry.get("value", "from the secret") for entry in before["env"]})
+    assert checks_itself(service)
+    service["metadata"]["namespace"] = "med"
+    assert (
+        OTHER
+        in canary_of(service, "medforge-canary", OTHER, "run")["spec"]["predictor"]["initContainers"][0]["command"]
+    )
+
+
+def test_the_runs_account_may_do_what_a_trainjob_asks_and_no_more() -> None:
+    role = one(objects(EVERYTHING), "Role", "medforge-trainjobs")
+    allowed = {(verb, resource) for rule in role["rules"] for verb in rule["verbs"] for resource in rule["resources"]}
+    assert allowed == asked_of_the_api()
+
+
+def asked_of_the_api() -> set[tuple[str, str]]:
+    """What medforge.train.trainjob sends, as the API server reviews it."""
+    from medforge.train import trainjob
+
+    class Api:
+        url, namespace, tls, token = "http://api", "research", None, None
+
+    asked: set[tuple[str, str]] = set()
+
+    class Answer:
+        def __init__(self, status: int, document: Object | str) -> None:
+            self.status, self.data = status, json.dumps(document).encode()
+
+    made = False
+
+    def request(method: str, url: str, **_: object) -> Answer:
+        nonlocal made
+        path = url.partition("?")[0].partition("/namespaces/research/")[2].split("/")
+        resource = "/".join([path[0], *path[2:]])
+        verb = {"POST": "create", "DELETE": "delete"}.get(method, "get" if len(path) > 1 else "list")
+        asked.add((verb, resource))
+        if verb == "create" and not made:  # one of an attempt before is there, and failed
+            made = True
+            return Answer(409, {})
+        if resource == "pods":
+            return Answer(200, {"items": [{"metadata": {"name": "p"}, "status": {"phase": "Running"}}]})
+        state = "Complete" if ("get", "pods/log") in asked else "Failed"
+        return Answer(200, {"metadata": {}, "status": {"conditions": [{"type": state, "status": "True"}]}})
+
+    client = trainjob._Client(Api())
+    client._http = type("Http", (), {"request": staticmethod(request)})()
+    trainjob._start(client, {"metadata": {"name": "x"}}, 0)
+    trainjob._Log(client, "x").show()
+    trainjob._follow(client, "x", None, None, 0)  # type: ignore[arg-type]
+    return asked
 
 
 def test_without_a_release_nothing_is_served_yet() -> None:
@@ -261,6 +342,7 @@ def test_the_schedules_job_is_a_command_with_files_that_pipelines_read(tmp_path:
     assert cluster.trusted_keys is not None
     assert cluster.trusted_keys.key in one(found, "ConfigMap", cluster.trusted_keys.config_map)["data"]
     assert cluster.step("train").gpu is not None
+    assert cluster.service_account == "default-editor"
     run = load_config(tmp_path / Path(given.config).name)
     assert run.name == "nightly" and run.data.source == "s3://medforge/sources/chest/"
     variables = {entry["name"]: entry["value"] for entry in container["env"]}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timezone
 from typing import Any
 
 import helm_python as helm
 import jsonschema
 import pytest
 
+from pipelines.cron import parse as parse_cron
 from serving.gateway.settings import Settings
-from tests.unit.chart.rendering import CHART, OTHER, PILOT, PRODUCTION, SITE, Values, at, file, merged, render
+from tests.unit.chart.rendering import CHART, OTHER, PILOT, PRODUCTION, SCHEDULE, SITE, Values, at, file, merged, render
 
 CHARTS_OWN = {
     "environment", "host", "port", "data_dir", "secret_key", "stable", "candidate", "candidate_weight",
@@ -21,6 +23,7 @@ CHARTS_OWN = {
 @pytest.mark.parametrize(
     ("change", "field", "mend"),
     [
+        (at("commonLabels", {"app.kubernetes.io/name": "x"}), "commonLabels.app.kubernetes.io/name", "choose another"),
         (at("gateway.redis", False), "gateway: 10 pods share", "set gateway.postgres and gateway.redis"),
         (at("gateway.autoscaling.minReplicas", 11), "gateway.autoscaling", "more than maxReplicas"),
         (at("gateway.data.accessMode", "ReadWriteOnce"), "gateway.data.accessMode", "ReadWriteMany"),
@@ -51,6 +54,13 @@ CHARTS_OWN = {
         (at("predictor", {"runtime": "vllm", "queue": 5}), "predictor.queue has no effect", "extraArgs"),
         (at("predictor.existingRuntime", "x"), "predictor.existingRuntime", "runtime: vllm"),
         (at("pipelines.schedule.enabled", True), "pipelines.schedule.run is empty", "pipelines/configs"),
+        (at("pipelines.schedule.multiUser", True), "pipelines.schedule.multiUser", "pipelines.schedule.enabled"),
+        (at("pipelines.trainJobs", True), "pipelines.serviceAccount is empty", "name it"),
+        (at("pipelines.serviceAccount", "runner"), "pipelines.serviceAccount has no effect", "pipelines.trainJobs"),
+        (at("predictor.runtime", "vllm") | at("reviewers.keys", {"dr-smith.pub": None}), "reviewers.keys is empty",
+         "no release is served"),
+        (at("pipelines.schedule", {"enabled": True, "run": {"name": "x"}, "cron": "0 0,30/5 1-25 * * *"}),
+         "pipelines.schedule.cron", "hour 25 is not within 0 to 23"),
         (at("networkPolicy.redis.to", []), "networkPolicy.redis.to is empty", "name its peers"),
         (at("networkPolicy.ingressFrom", []), "networkPolicy.ingressFrom is empty", "Ingress controller"),
         (at("gateway.settings", {"oidc_issuer": "https://x", "oidc_audience": "y"}), "networkPolicy.identityProvider",
@@ -62,6 +72,14 @@ def test_values_that_do_not_fit_together(change: Values, field: str, mend: str) 
         render(merged(PRODUCTION, change))
     lines = [line for line in str(told.value).splitlines() if field in line]
     assert len(lines) == 1 and lines[0].startswith("  - ") and mend in lines[0], str(told.value)
+
+
+@pytest.mark.parametrize(
+    "cron", ["59 00 23 31 12 6", "0 08 02 09 1-12 ?", "*/90 0 2 * JAN-DEC mon,WED", "0 0 2 1/99 * *"]
+)
+def test_what_kubeflow_takes_is_taken(cron: str) -> None:
+    parse_cron(cron, datetime(2026, 1, 1, tzinfo=timezone.utc))
+    render(merged(PRODUCTION, {"pipelines": {"schedule": SCHEDULE | {"cron": cron}}}))
 
 
 def test_vllm_is_taken_by_digest_only() -> None:
@@ -99,6 +117,7 @@ def test_all_that_production_needs_of_a_site_is_told_at_once() -> None:
         (at("predictor.gpu.count", -1), "/predictor/gpu/count"),
         (at("predictor.resources.limits.memory", "16 GB"), "/predictor/resources/limits/memory"),
         (at("pipelines.schedule.cron", "0 2 * * *"), "/pipelines/schedule/cron"),
+        (at("images.registry", "https://registry.example"), "/images/registry"),
         (at("networkPolicy.ingressFrom", [{}]), "/networkPolicy/ingressFrom/0"),
         (at("rollout.managedBy", "argo"), "/rollout/managedBy"),
         (at("canary.weight", 10), "/canary/weight"),

@@ -110,6 +110,8 @@ def test_a_program_gives_a_token_which_is_kept_while_it_is_valid(tmp_path: Path)
         ({"username": "u", "password": "secret"}, "password, username is not supported"),
         ({"auth-provider": {"name": "gcp"}}, "auth-provider is not supported"),
         ({"tokenFile": "none"}, "none: cannot be read"),
+        ({"token": "t", "as": "root"}, "as is not supported"),
+        ({"exec": {"command": "x", "provideClusterInfo": True}}, "provideClusterInfo is not supported"),
     ],
 )
 def test_who_cannot_be_told_is_told_why(tmp_path: Path, user: dict[str, Any], told: str) -> None:
@@ -127,6 +129,13 @@ def test_a_kubeconfig_that_is_none(tmp_path: Path) -> None:
         (tmp_path / "config").write_text(text)
         with pytest.raises(ValueError, match=told):
             find({"KUBECONFIG": str(tmp_path / "config")}, tmp_path)
+    for field in ("proxy-url", "tls-server-name"):
+        with pytest.raises(ValueError, match=f"{field} is not supported"):
+            find({"KUBECONFIG": str(kubeconfig(tmp_path / "config", {"server": "https://x", field: "y"}))}, tmp_path)
+    cluster = {"server": "https://x"}
+    for field in ("client-certificate-data", "client-key-data"):
+        with pytest.raises(ValueError, match="client-certificate and client-key go together"):
+            find({"KUBECONFIG": str(kubeconfig(tmp_path / "config", cluster, {field: "eHg="}))}, tmp_path)
     with pytest.raises(ValueError, match="certificate-authority-data is not base64"):
         cluster = {"server": "https://x", "certificate-authority-data": "!!"}
         find({"KUBECONFIG": str(kubeconfig(tmp_path / "config", cluster))}, tmp_path)

@@ -64,6 +64,24 @@ def test_which_servers_prove_a_release_themselves() -> None:
     assert not checks_itself(service(args=None))
 
 
+def test_a_container_that_brings_the_release_brings_the_other() -> None:
+    """Before vLLM: what it is told, and whether the release is proven."""
+    words = ["medforge", "verify-release", OLD, "--out", "/mnt/models/release"]
+    given = service(args=["--model=/mnt/models/release/model"])
+    given["spec"]["predictor"]["initContainers"] = [{"name": "storage-initializer", "image": "x", "command": words}]
+    assert checks_itself(given)
+    for made in (with_release(given, NEW, {}), canary_of(given, "m-canary", NEW, "run")):
+        (container,) = made["spec"]["predictor"]["initContainers"]
+        assert container == {
+            "name": "storage-initializer",
+            "image": "x",
+            "command": ["medforge", "verify-release", NEW, "--out", "/mnt/models/release"],
+        }
+    assert given["spec"]["predictor"]["initContainers"][0]["command"] == words
+    given["spec"]["predictor"]["initContainers"][0]["command"] = ["fetch", OLD]
+    assert not checks_itself(given)
+
+
 def test_helms_own_is_told_apart() -> None:
     given = service()
     check_managed(given)

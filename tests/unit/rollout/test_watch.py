@@ -84,21 +84,68 @@ def test_it_waits_for_requests_but_not_for_ever() -> None:
         look(Scripted([]), Patience(60, 200, 1000, 3, 10))
 
 
+def test_once_a_minute_it_says_how_far_it_is() -> None:
+    said: list[str] = []
+    prometheus = Scripted([])
+
+    def wait(seconds: float) -> None:
+        prometheus.passed += seconds
+
+    watch(prometheus, "n", "m", Patience(150, 200, 150, 3, 10), wait, said.append, lambda: prometheus.passed)
+    assert said == [
+        "watch: 60 of 150 s, 60 of 150 requests, no alert",
+        "watch: 120 of 150 s, 120 of 150 requests, no alert",
+    ]
+
+
 def test_a_prometheus_that_is_away_for_a_moment_is_forgiven_and_for_longer_not() -> None:
     assert look(Scripted(AWAY, AWAY, [], AWAY, AWAY, []))["requests"] >= 60
     with pytest.raises(CanaryError, match="what the canary does is not known: does not answer"):
-        look(Scripted([], AWAY, AWAY, AWAY))
+        look(Scripted([], AWAY, AWAY, AWAY, []))
 
 
 def test_rules_that_are_not_there_or_fail_are_no_good_news() -> None:
     prometheus = Scripted([])
     prometheus.rule["labels"] = {}
-    with pytest.raises(CanaryError, match='no alert with the label rollback="true"'):
+    with pytest.raises(CanaryError, match='no alert with the label rollback="true" for medforge-gateway in med'):
         look(prometheus)
     prometheus = Scripted([])
     prometheus.rule["health"] = "err"
     with pytest.raises(CanaryError, match="cannot evaluate MedForgeCanaryErrors"):
         look(prometheus)
+
+
+QUERY = 'medforge:x{namespace="%s",service="%s-gateway",track="candidate"} > 0.1'
+
+
+@pytest.mark.parametrize(
+    "query", ["", 'x{track="candidate"}', 'x{inferenceservice="chest-stable"}', QUERY % ("med", "medforge")]
+)
+def test_rules_of_this_installation_or_of_all_count(query: str) -> None:
+    prometheus = Scripted([])
+    prometheus.rule["query"] = query
+    assert look(prometheus)["looks"] == 7
+
+
+@pytest.mark.parametrize("query", [QUERY % ("other", "medforge"), QUERY % ("med", "chest")])
+def test_rules_of_another_installation_do_not_watch_this_canary(query: str) -> None:
+    prometheus = Scripted([])
+    prometheus.rule["query"] = query
+    with pytest.raises(CanaryError, match="for medforge-gateway in med: install"):
+        look(prometheus)
+
+
+def test_an_answer_without_a_list_is_no_good_news() -> None:
+    class Odd(Scripted):
+        alerts = Prometheus.alerts
+
+        def _get(self, what: str, options: dict[str, str]) -> Any:
+            return {"alerts": None}
+
+    odd = Odd([])
+    odd._url = "http://p"
+    with pytest.raises(CanaryError, match=r"is not known: http://p/api/v1/alerts gives no list"):
+        look(odd)
 
 
 @pytest.mark.parametrize("values", [{"seconds": 300, "most_seconds": 200}, {"tries": 0}, {"every": 0}, {"seconds": -1}])

@@ -63,14 +63,64 @@ spec:
     {{- with $p.priorityClassName }}
     priorityClassName: {{ . }}
     {{- end }}
+    {{- if $vllm }}
+    # vLLM loads whatever it is given. So MedForge brings the release and proves it, and nothing else does: KServe adds no
+    # storage initializer where there is one already (and what it adds would run after all others).
+    initContainers:
+      - name: storage-initializer
+        image: {{ include "medforge.image" (list $root "data") }}
+        imagePullPolicy: {{ $root.Values.images.pullPolicy }}
+        command:
+          - medforge
+          - verify-release
+          - {{ .release | quote }}
+          - --bucket={{ $root.Values.objectStore.bucket }}
+          - --out=/mnt/models/release
+          {{- range compact (splitList "\n" (include "medforge.reviewersFiles" $root)) }}
+          - --trusted=/etc/medforge/reviewers/{{ . }}
+          {{- end }}
+        env:
+          {{- include "medforge.s3Environment" $root | trim | nindent 10 }}
+        resources:
+          requests: {cpu: "1", memory: 512Mi}
+          limits: {memory: 2Gi}
+        securityContext:
+          {{- include "medforge.containerSecurity" $root | nindent 10 }}
+        volumeMounts:
+          - {name: release, mountPath: /mnt/models}
+          - {name: release-tmp, mountPath: /tmp}
+          - {name: reviewers, mountPath: /etc/medforge/reviewers, readOnly: true}
+          {{- if $root.Values.objectStore.caConfigMap }}
+          - {name: ca, mountPath: /etc/medforge/ca, readOnly: true}
+          {{- end }}
+    {{- with include "medforge.pullSecrets" $root | trim }}
+    imagePullSecrets:
+      {{- . | nindent 6 }}
+    {{- end }}
+    volumes:
+      - name: release
+        emptyDir: {}
+      - name: release-tmp
+        emptyDir: {sizeLimit: 256Mi}
+      - name: reviewers
+        configMap: {name: {{ include "medforge.reviewersConfigMap" $root }}}
+      {{- if $root.Values.objectStore.caConfigMap }}
+      - name: ca
+        configMap: {name: {{ $root.Values.objectStore.caConfigMap }}}
+      {{- end }}
+    {{- end }}
     model:
+      {{- if $vllm }}
+      volumeMounts:
+        - {name: release, mountPath: /mnt/models, readOnly: true}
+      {{- end }}
       modelFormat: {name: {{ ternary "vLLM" "medforge" $vllm }}}
       runtime: {{ default (printf "%s-predictor" $fullname) $p.existingRuntime }}
       # without the slash at its end, what only begins like it would be fetched too
       storageUri: s3://{{ $root.Values.objectStore.bucket }}/releases/{{ .release }}/
       args:
         {{- if $vllm }}
-        - --model=/mnt/models/model
+        - --model=/mnt/models/release/model
         {{- if $p.existingRuntime }}
         - --served-model-name={{ $p.modelName }}
         {{- range $p.extraArgs }}
