@@ -17,6 +17,7 @@ FILE = Path(__file__).with_name("bases.env")
 NAMES = ("PYTHON_BASE", "CUDA_BUILD_BASE", "CUDA_RUNTIME_BASE")
 _LINE = re.compile(r"(?P<name>[A-Z_]+)=(?P<reference>[^\s@]+)(?P<digest>@sha256:[0-9a-f]{64})?")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_LOGGED = re.compile(r'\bmsg="((?:[^"\\]|\\.)*)"')  # skopeo's own words in a line of its log
 # what asks, and how: each prints the digest of the reference's manifest, of the list of them for several platforms
 _ASK = {
     "skopeo": ("inspect", "--no-tags", "--format", "{{.Digest}}", "docker://{reference}"),
@@ -76,8 +77,13 @@ def resolve(reference: str) -> str:
         if done.returncode == 0 and _DIGEST.fullmatch(done.stdout.strip()):
             return done.stdout.strip()
         told = (done.stderr or done.stdout).strip().splitlines()
-        failures.append(f"{program}: {told[0] if told else 'no digest came'}")
-    raise ValueError(f"{reference}: " + ("; ".join(failures) or f"install {' or '.join(_ASK)} to ask its registry"))
+        logged = _LOGGED.search(told[0]) if told else None
+        words = logged[1].replace('\\"', '"') if logged else told[0] if told else "no digest came"
+        failures.append(f"{program}: {words}")
+    if not failures:
+        raise ValueError(f"{reference}: install {' or '.join(_ASK)} to ask its registry for the digest")
+    why = "; ".join(failures)
+    raise ValueError(f"{reference}: no digest is known ({why}); pin where its registry is reached, or name a mirror")
 
 
 def pin(path: Path = FILE) -> dict[str, str]:

@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     add("names", nargs="*", metavar="NAME", help=f"which ones, of {', '.join(NAMES)} (default: all)")
     add("--repository", default="medforge", help="registry and folder (default medforge)")
     add("--tag", default=version(), help="(default %(default)s, the code's version)")
-    add("--variant", default="cpu", choices=VARIANTS, help="of train and predictor (default cpu)")
+    add("--variant", default="cpu", help=f"of train and predictor, one of {', '.join(VARIANTS)} (default cpu)")
     add("--engine", default="", help=f"one of {', '.join(ENGINES)} (default: the first that works)")
     add("--release", action="store_true", help="refuse bases without a digest, and changes that are not committed")
     add("--push", action="store_true", help="push each image, and write the references by digest to dist/images.json")
@@ -191,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
     if unknown := [name for name in arguments.names if name not in NAMES]:
         raise ValueError(f"{', '.join(unknown)}: no such image; there are {', '.join(NAMES)}")
+    if arguments.variant not in VARIANTS:
+        raise ValueError(f"variant: {arguments.variant!r} is none of {', '.join(VARIANTS)}")
     references, code = bases.read(), revision()
     names = [name for name in NAMES if name in arguments.names or not arguments.names]
     if arguments.release:

@@ -1,12 +1,13 @@
 """Runs a compiled pipeline's steps one by one, each as Kubeflow's launcher would: its image, its command, its input.
 
 An artifact's URI s3://… is the path /s3/… in a pod, a volume that the launcher fills and empties; here it is a folder
-of this machine, mounted into each container. Conditions are not read: what they guard runs too.
+of this machine, mounted into each container.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 MOUNT = "/s3"
 _BUCKET = "s3://mlpipeline/v2/artifacts"
+_CONDITION = re.compile(r"(?:int\()?inputs\.parameter_values\[.(?P<name>[^]]+).\]\)? == (?P<value>\S+)")
 
 Values = dict[str, dict[str, Any]]  # {"parameters": {name: value}, "artifacts": {name: runtime artifact}}
 
@@ -35,15 +37,16 @@ class Launcher:
     folder: Path
     run: Callable[[Step], None]
 
-    def pipeline(self) -> dict[str, Values]:
-        """Run all steps with the default parameters. Returns what each put out, by the task's name.
+    def pipeline(self, **given: Any) -> dict[str, Values]:
+        """Run the steps with the parameters `given`, else the defaults. Returns what each put out, by the task's name.
 
-        Raises ValueError if the pipeline has a part that is not known here, such as a loop.
+        What stands under a condition that does not hold is not run. Raises ValueError if the pipeline has a part that
+        is not known here, such as a loop.
         """
         defined = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
         defaults = {name: entry["defaultValue"] for name, entry in defined.items() if "defaultValue" in entry}
         done: dict[str, Values] = {}
-        self._graph(self.spec["root"]["dag"], {"parameters": defaults, "artifacts": {}}, done)
+        self._graph(self.spec["root"]["dag"], {"parameters": defaults | given, "artifacts": {}}, done)
         return done
 
     def _graph(self, graph: Mapping[str, Any], given: Values, done: dict[str, Values]) -> None:
@@ -52,6 +55,9 @@ class Launcher:
                 raise ValueError(f"{name}: {known[0]} is not followed here; compile a pipeline without loops")
             component = self.spec["components"][task["componentRef"]["name"]]
             inputs = _inputs(task, given, done)
+            condition = task.get("triggerPolicy", {}).get("condition", "")
+            if condition and not holds(condition, inputs["parameters"]):
+                continue
             if "dag" in component:
                 self._graph(component["dag"], inputs, done)
             else:
@@ -94,6 +100,19 @@ class Launcher:
             (self.folder / folder).chmod(0o777)  # the container's user is another one
 
 
+def holds(condition: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a task's condition is met: `parameter == value`, as kfp writes it, or the contrary.
+
+    Raises ValueError for one of another form.
+    """
+    if condition.startswith("!(") and condition.endswith(")"):
+        return not holds(condition[2:-1], parameters)
+    match = _CONDITION.fullmatch(condition)
+    if match is None:
+        raise ValueError(f"the condition {condition} is of a form that is not followed here")
+    return bool(parameters[match["name"]] == json.loads(match["value"].replace("'", '"')))
+
+
 def local_path(uri: str) -> str:
     """Where a pod has the artifact."""
     return f"{MOUNT}/{uri.removeprefix('s3://')}"
@@ -119,6 +138,10 @@ def _inputs(task: Mapping[str, Any], given: Values, done: Mapping[str, Values]) 
                 found[kind][name] = done[source[producer]["producerTask"]][kind][source[producer][key]]
             elif "runtimeValue" in source:
                 found[kind][name] = source["runtimeValue"]["constant"]
+            elif "taskFinalStatus" in source:  # a failure would not have come this far
+                ended = source["taskFinalStatus"]["producerTask"]
+                error = {"code": 0, "message": ""}
+                found[kind][name] = {"state": "SUCCEEDED", "pipelineTaskName": ended, "error": error}
             else:
                 (inner,) = source.values()  # componentInputParameter or componentInputArtifact
                 found[kind][name] = given[kind][inner]

@@ -4,7 +4,7 @@
 ARG BUILD_BASE
 ARG RUNTIME_BASE
 
-FROM ${BUILD_BASE} AS build
+FROM ${BUILD_BASE} AS libraries
 ARG VARIANT=cpu
 ARG TORCH_INDEX=""
 ARG FLASH_ATTN=""
@@ -12,6 +12,8 @@ WORKDIR /build
 COPY images/venv.sh pyproject.toml constraints.txt LICENSE ./
 COPY src/medforge/__init__.py src/medforge/
 RUN sh venv.sh libraries ".[predictor]"
+
+FROM libraries AS code
 COPY README.md ./
 COPY src src
 COPY serving/__init__.py app/serving/
@@ -21,8 +23,8 @@ RUN sh venv.sh medforge app
 FROM ${RUNTIME_BASE}
 ARG VARIANT=cpu
 RUN --mount=type=bind,source=images/runtime.sh,target=/mnt/runtime.sh sh /mnt/runtime.sh
-COPY --from=build /opt/venv /opt/venv
-COPY --from=build /build/app /app
+COPY --from=libraries /opt/venv /opt/venv
+COPY --from=code /build/app /app
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 WORKDIR /app
 EXPOSE 8081

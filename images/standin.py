@@ -6,22 +6,30 @@ It is for trying the images, never for a release. Needs root, Debian's buildah, 
 from __future__ import annotations
 
 import configparser
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
-TOOLS = ("buildah", "podman", "runc", "debootstrap")
+TOOLS = ("buildah", "podman", "runc", "debootstrap", "unshare")
+_GIGABYTES = 14  # twice what all of them take, since the layers before stay until the new ones are there
 _INCLUDED = "ca-certificates,python3,python3-pip,python3-venv"
 _AUTHORITIES = Path("etc/ssl/certs/ca-certificates.crt")
 _STORAGE = '[storage]\ndriver = "overlay"\ngraphroot = "{0}/graph"\nrunroot = "{0}/run"\n'
-# runc: crun refuses hybrid control groups; the limits are ones that a container without privileges may have
+# runc: crun refuses hybrid control groups; the limits are ones that a container without privileges may have; networks
+# are the machine's own, and its configuration of others does not matter
 _CONTAINERS = """[containers]
 default_ulimits = ["nofile=20000:20000", "nproc=32768:32768"]
 [engine]
 runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
+tmp_dir = "{0}/run/libpod"
+[network]
+network_config_dir = "{0}/run/networks"
 """
 
 
@@ -33,14 +41,43 @@ def require_tools() -> None:
         raise ValueError("a base can be imported by root only; on a machine with a registry use `make images`")
 
 
-def configure(scratch: Path) -> None:
-    """Let the engines that this process starts keep everything in the folder `scratch`."""
+def require_space(folder: Path) -> None:
+    """Raises ValueError if the disk is too full for builds, which would end in the middle of a layer."""
+    if (free := shutil.disk_usage(folder).free) < _GIGABYTES * 10**9:
+        raise ValueError(
+            f"{folder}: {free / 1e9:.1f} GB are free and {_GIGABYTES} are needed; make room, or give another --scratch"
+        )
+
+
+@contextlib.contextmanager
+def storage(scratch: Path) -> Iterator[Path]:
+    """Let the engines that this process starts keep everything in `scratch`, alone. Yields an empty folder in it.
+
+    To the engines each time is the first after the machine's start: no process and no mount of an earlier one, which
+    may have been killed, is there any more, and what it left in their books is put away. Raises ValueError if another
+    is at work there.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
-    for name, text in (("storage.conf", _STORAGE.format(scratch)), ("containers.conf", _CONTAINERS)):
-        (scratch / name).write_text(text, encoding="utf-8")
-    os.environ["CONTAINERS_STORAGE_CONF"] = str(scratch / "storage.conf")
-    os.environ["CONTAINERS_CONF"] = str(scratch / "containers.conf")
-    os.environ["TMPDIR"] = str(scratch)  # an import is unpacked there, and /tmp may be small
+    with (scratch / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{scratch}: another run is there; wait for its end, or give another --scratch") from None
+        work = scratch / "work"
+        for folder in (work, scratch / "run"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        for name, text in (("storage.conf", _STORAGE), ("containers.conf", _CONTAINERS)):
+            (scratch / name).write_text(text.replace("{0}", str(scratch)), encoding="utf-8")
+        os.environ["CONTAINERS_STORAGE_CONF"] = str(scratch / "storage.conf")
+        os.environ["CONTAINERS_CONF"] = str(scratch / "containers.conf")
+        os.environ["TMPDIR"] = str(work)  # an import is unpacked there, and /tmp may be small
+        _run("podman", "rm", "--all", "--force", "--time", "0")
+        _run("buildah", "rm", "--all")  # builds that were killed
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def make(reference: str, scratch: Path) -> str:
@@ -52,7 +89,6 @@ def make(reference: str, scratch: Path) -> str:
     if subprocess.run(["podman", "image", "exists", reference]).returncode == 0:  # noqa: S603,S607  our words
         return told
     root = scratch / "rootfs"
-    shutil.rmtree(root, ignore_errors=True)
     _run("debootstrap", "--variant=minbase", f"--include={_INCLUDED}", "bookworm", str(root))
     shutil.copyfile(Path("/") / _AUTHORITIES, root / _AUTHORITIES)
     (root / "etc/pip.conf").write_text(_pip_settings(), encoding="utf-8")

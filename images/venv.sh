@@ -1,8 +1,9 @@
 #!/bin/sh
-# Makes /opt/venv in a build stage, from the folder that holds pyproject.toml and constraints.txt.
+# Makes what an image holds, in a build stage, from the folder that has pyproject.toml and constraints.txt. Two layers:
+# a new version of the code leaves the large one, the libraries, as it was.
 #
-#   venv.sh libraries REQUIREMENT…   the libraries; changes only with pyproject.toml, the constraints and the version
-#   venv.sh medforge FOLDER…         MedForge itself, and the folders beside it
+#   venv.sh libraries REQUIREMENT…   /opt/venv; changes only with pyproject.toml, the constraints and the version
+#   venv.sh medforge FOLDER          MedForge itself, into FOLDER, which becomes /app
 #
 # From the environment: VARIANT (cpu, gpu); TORCH_INDEX, an index of wheels beside the configured one; ALONE, packages
 # that are wanted without what they require; WITHOUT, packages that are required and not used; FLASH_ATTN, a requirement
@@ -48,17 +49,27 @@ libraries)
   [ -z "${FLASH_ATTN:-}" ] || $pip install --no-compile --no-build-isolation --constraint constraints.txt $FLASH_ATTN
   # shellcheck disable=SC2086
   [ -z "${WITHOUT:-}" ] || $pip uninstall --yes $WITHOUT
+  # MedForge comes with the other layer: what stays of it is the command, and where to look, whatever PYTHONPATH is
+  for site in "$venv"/lib/python3*/site-packages; do
+    rm -rf "$site"/medforge "$site"/medforge-*.dist-info
+    echo /app >"$site/medforge.pth"
+  done
   # headers and tests, which only a C++ compiler or the packages' authors need
   find "$venv/lib" -type d \( -path '*/pyarrow/include' -o -path '*/torch/include' -o -path '*/pyarrow/tests' \
-    -o -path '*/numpy/*/tests' -o -path '*/pandas/tests' -o -path '*/matplotlib/tests' \) -prune -exec rm -rf {} +
+    -o -path '*/numpy/*tests' -o -path '*/pandas/tests' -o -path '*/matplotlib/tests' -o -path '*/mpl_toolkits/*tests' \
+    -o -path '*/sympy/*tests' -o -path '*/networkx/*tests' \) -prune -exec rm -rf {} +
+  # MedForge reads stores by its own client: of pyarrow it needs Parquet, not Flight and another S3 client
+  find "$venv/lib" \( -path '*/pyarrow/*_flight.*' -o -path '*/pyarrow/*arrow_s3.*' -o -path '*/pyarrow/_s3fs.*' \) -delete
   # wheels hold files for other versions of Python, which this one could not import either
   compile "$venv/lib" || echo "venv.sh: the files that are named above stay as they are" >&2
+  chmod -R a+rX "$venv"
   ;;
 medforge)
   # shellcheck disable=SC2086
-  $pip install --no-compile --no-deps --force-reinstall .
-  compile "$venv"/lib/python3*/site-packages/medforge "$@"
-  chmod -R a+rX "$venv" "$@"
+  $pip install --no-compile --no-deps --target "$1" .
+  rm -rf "${1:?}/bin"
+  compile "$1"
+  chmod -R a+rX "$1"
   ;;
 *)
   echo "usage: venv.sh libraries|medforge …" >&2

@@ -30,9 +30,9 @@ def store(root: Path, folder: Path) -> Iterator[None]:
         "MEDFORGE_RUN": str(folder),
         "MEDFORGE_RUN_PID": str(os.getpid()),
         "TOKENIZERS_PARALLELISM": "false",
-        # threads that wait for each other by spinning take the cores from those that they wait for as soon as anything
-        # else runs on the machine
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        # threads that spin while they wait for each other (300,000 turns by default) take the cores from those that they
+        # wait for as soon as anything else runs on the machine; so few cost nothing where nothing does
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "6000"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }

@@ -218,7 +218,7 @@ def _running(name: str, command: Sequence[str], environment: dict[str, str], roo
         process = subprocess.Popen(  # noqa: S603  our own program
             command,
             cwd=PROJECT,
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONWARNINGS": "ignore", **environment},
+            env={"GOMP_SPINCOUNT": "6000", **os.environ, "PYTHONWARNINGS": "ignore", **environment},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

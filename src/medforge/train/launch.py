@@ -35,7 +35,7 @@ def launch(job: Job) -> None:
     place = ["--standalone"] if job.parallel.nodes == 1 else []
     command = [sys.executable, "-m", "medforge.train.launch", str(path), str(job.parallel.processes), *place]
     threads = max(1, (os.cpu_count() or 1) // job.parallel.processes)
-    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "6000"} | os.environ
     with subprocess.Popen(command, env=environment) as child:  # noqa: S603  our own module and paths
         before = _forward(child)
         try:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
@@ -63,11 +63,15 @@ def run(api: Api, store: Store, job: Job, nodes: str, poll: float = 5.0) -> None
         name = f"medforge-{job.stage.name}"[:40].rstrip("-") + f"-{place.id[:10]}"
         with _stopped_by_sigterm():
             client = _Client(api)
+            remove = ("DELETE", f"{_JOBS}/{name}", {"propagationPolicy": "Foreground"})
             try:
                 _start(client, body(name, given["spec"], place), poll)
                 _follow(client, name, place, store, poll)
-            finally:
-                client.send("DELETE", f"{_JOBS}/{name}", {"propagationPolicy": "Foreground"}, missing=True)
+            except BaseException:
+                with suppress(ApiError):  # what is told is why it failed, not that an account may not delete, too
+                    client.send(*remove, missing=True)
+                raise
+            client.send(*remove, missing=True)
     passage.collect(store, place, job)
 
 
@@ -227,7 +231,7 @@ def _why(status: int, data: bytes) -> str:
     mend = {
         401: "; the token is not valid (any more)",
         403: "; the run's ServiceAccount needs create, get and delete on trainjobs and get, list on pods and pods/log",
-        404: "; is Kubeflow's trainer (v2) installed?",
+        404: "; is Kubeflow's trainer (v2) installed, and is it the right namespace?",
     }.get(status, "")
     return f"the Kubernetes API answers {status}: {' '.join(message.split())}{mend}"
 

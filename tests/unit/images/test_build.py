@@ -137,9 +137,11 @@ class TestMain:
         assert "images/data.Dockerfile: podman ended with 1" in capsys.readouterr().err
         assert "gateway" not in engine.read_text()
 
-    def test_an_unknown_image_is_refused(self, engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_an_unknown_image_or_variant_is_refused(self, engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert build.main(["model"]) == 1
         assert "model: no such image; there are data, train, predictor, gateway" in capsys.readouterr().err
+        assert build.main(["--variant", "npu"]) == 1
+        assert capsys.readouterr().err == "images: variant: 'npu' is none of cpu, gpu\n"
         assert not engine.exists()
 
     def test_a_release_refuses_bases_by_tag(
@@ -196,10 +198,15 @@ class TestBases:
         with pytest.raises(ValueError, match="install skopeo or docker"):
             bases.pin(path)
         program(
-            programs, "skopeo", "case $* in *cuda_build*) echo 'manifest unknown' >&2; exit 1;; esac\necho " + DIGEST
+            programs,
+            "skopeo",
+            """case $* in *cuda_build*) echo 'time="x" level=fatal msg="manifest unknown"' >&2; exit 1;; esac\necho """
+            + DIGEST,
         )
         program(programs, "docker", "echo not-a-digest")
-        with pytest.raises(ValueError, match="cuda_build_base:1: skopeo: manifest unknown; docker: not-a-digest"):
+        with pytest.raises(
+            ValueError, match=r"cuda_build_base:1: no digest is known \(skopeo: manifest unknown; docker: not-a-d"
+        ):
             bases.pin(path)
         assert path.read_text() == before
         assert [entry.name for entry in tmp_path.iterdir() if entry.name != "bin"] == ["bases.env"]
@@ -207,7 +214,7 @@ class TestBases:
 
 class TestStandIn:
     def test_missing_tools_are_named_with_what_to_install(self, programs: Path) -> None:
-        with pytest.raises(ValueError, match="buildah, podman, runc, debootstrap is missing: apt-get install"):
+        with pytest.raises(ValueError, match="buildah, podman, runc, debootstrap, unshare is missing: apt-get install"):
             standin.require_tools()
 
     def test_pips_local_folders_are_shown_to_builds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,8 @@ class TestRules:
     def test_bases_are_arguments_without_a_value_in_the_file(self, name: str) -> None:
         """bases.env alone says what they are."""
         found = instructions(name)
-        assert [words for word, words in found if word == "FROM"] == ["${BUILD_BASE} AS build", "${RUNTIME_BASE}"]
+        stages = [words for word, words in found if word == "FROM"]
+        assert stages == ["${BUILD_BASE} AS libraries", "libraries AS code", "${RUNTIME_BASE}"]
         assert found[:2] == [("ARG", "BUILD_BASE"), ("ARG", "RUNTIME_BASE")]
 
     def test_nothing_hides_the_command_that_kubeflow_gives(self, name: str) -> None:
@@ -169,3 +170,17 @@ def test_linters_find_nothing(program: str, files: str) -> None:
         pytest.skip(f"{program} is not installed")
     done = subprocess.run([found, *sorted((ROOT / "images").glob(files))], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_change_of_the_code_leaves_the_layer_of_the_libraries(name: str) -> None:
+    """What the large layer is made from: the version is in `__init__.py`, and the rest is not of every commit."""
+    found = instructions(name)
+    stage = found[: found.index(("FROM", "libraries AS code"))]
+    copied = [source for word, words in stage if word == "COPY" for source in words.split()[:-1]]
+    settled = {"LICENSE", "constraints.txt", "images/venv.sh", "pyproject.toml", "src/medforge/__init__.py"}
+    assert set(copied) == settled
+    assert [words for word, words in final_stage(name) if word == "COPY"][:2] == [
+        "--from=libraries /opt/venv /opt/venv",
+        "--from=code /build/app /app",
+    ]

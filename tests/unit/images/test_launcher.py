@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from kfp import compiler, dsl
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from images.launcher import Launcher, Step, local_path
+from images.launcher import Launcher, Step, holds, local_path
 
 
 @dsl.component(base_image="image/a:1", install_kfp_package=False)
@@ -81,3 +81,62 @@ def test_a_loop_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="parameterIterator is not followed here"):
         Launcher(compiled(loop, tmp_path), tmp_path, lambda step: None).pipeline()
+
+
+def test_only_what_its_condition_lets_pass_is_run(tmp_path: Path) -> None:
+    @dsl.pipeline(name="choose")
+    def choose(count: int = 0):  # type: ignore[no-untyped-def]
+        with dsl.If(count == 0):
+            make(config="none")
+        with dsl.Else():
+            make(config="some", count=count)
+
+    volume = tmp_path / "s3"
+    volume.mkdir()
+    launched: list[dict[str, Any]] = []
+
+    def run(step: Step) -> None:
+        value = told(step)
+        launched.append(value["inputs"]["parameterValues"])
+        place = volume / Path(value["outputs"]["outputFile"]).relative_to("/s3")
+        place.write_text(json.dumps({"parameterValues": {"Output": 1}}))
+
+    launcher = Launcher(compiled(choose, tmp_path), volume, run)
+    launcher.pipeline()
+    launcher.pipeline(count=5)
+    assert launched == [{"config": "none", "count": 3}, {"config": "some", "count": 5}]
+
+
+def test_conditions_are_those_that_kfp_writes() -> None:
+    assert holds("inputs.parameter_values['gate-Output'] == true", {"gate-Output": True})
+    assert not holds("!(int(inputs.parameter_values['n']) == 0)", {"n": 0.0})
+    assert holds("inputs.parameter_values['name'] == 'x'", {"name": "x"})
+    with pytest.raises(ValueError, match="is of a form that is not followed here"):
+        holds("inputs.parameter_values['n'] > 0 && true", {"n": 1})
+
+
+@dsl.component(base_image="image/c:1", install_kfp_package=False)
+def tidy(status: dsl.PipelineTaskFinalStatus, count: int = 0):  # type: ignore[no-untyped-def]
+    """Tidy."""
+
+
+def test_what_runs_at_the_end_is_told_that_all_went_well(tmp_path: Path) -> None:
+    @dsl.pipeline(name="ends")
+    def ends():  # type: ignore[no-untyped-def]
+        with dsl.ExitHandler(tidy()):
+            make(config="c")
+
+    volume = tmp_path / "s3"
+    volume.mkdir()
+    steps = []
+
+    def run(step: Step) -> None:
+        steps.append(step)
+        place = volume / Path(told(step)["outputs"]["outputFile"]).relative_to("/s3")
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("{}")
+
+    Launcher(compiled(ends, tmp_path), volume, run).pipeline()
+    assert [step.name for step in steps] == ["make", "tidy"]
+    status = told(steps[1])["inputs"]["parameterValues"]["status"]
+    assert (status["state"], status["pipelineTaskName"]) == ("SUCCEEDED", "exit-handler-1")
