@@ -223,6 +223,9 @@ def test_a_failed_one_says_why_and_a_left_one_is_followed(
     cluster.failures = [403]
     with pytest.raises(ValueError, match="needs create, get and delete on trainjobs"):
         trainjob.run(cluster.api, store, job, NODES, poll=0.01)
+    cluster.failures = [404, 403]  # refused, and what there is not may not be removed
+    with pytest.raises(ValueError, match="answers 404: not now; is Kubeflow's trainer"):
+        trainjob.run(cluster.api, store, job, NODES, poll=0.01)
 
 
 def test_sigterm_removes_it(cluster: Cluster, store: Store, material: Inputs, tmp_path: Path) -> None:
