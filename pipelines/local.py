@@ -30,8 +30,8 @@ def store(root: Path, folder: Path) -> Iterator[None]:
         "MEDFORGE_RUN": str(folder),
         "MEDFORGE_RUN_PID": str(os.getpid()),
         "TOKENIZERS_PARALLELISM": "false",
-        # threads that spin while they wait for each other (300,000 turns by default) take the cores from those that they
-        # wait for as soon as anything else runs on the machine; so few cost nothing where nothing does
+        # threads that spin while they wait for each other, by default for 300,000 turns, take the cores from those that
+        # they wait for as soon as anything else runs on the machine
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "6000"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONWARNINGS": "ignore::FutureWarning",

@@ -94,7 +94,9 @@ def _rollout(arguments: argparse.Namespace, **plan: Any) -> Iterator[Rollout]:
     from medforge.storage import connect
 
     name = arguments.name or os.environ.get("MEDFORGE_ROLLOUT_NAME") or "medforge"
-    trusted = _keys(arguments.trusted) if "trusted" in arguments else []
+    # a canary is taken back without keys; going back to another release asks for its approval, and says so
+    approves = arguments.run in (_deploy, _promote)
+    trusted = _keys(arguments.trusted, approves) if "trusted" in arguments else []
     api = Kubernetes.from_environment(arguments.namespace)
     with connect(arguments.root, create=False) as store:
         try:
@@ -105,10 +107,14 @@ def _rollout(arguments: argparse.Namespace, **plan: Any) -> Iterator[Rollout]:
         yield Rollout(api, store, Plan(name=name, **plan), trusted, by, f"{by}:{os.getpid()}")
 
 
-def _keys(paths: list[Path]) -> list[Any]:
-    """The keys in the files, else those of MEDFORGE_TRUSTED_KEYS."""
-    from medforge.release.promote import read_keys, trusted_keys
+def _keys(paths: list[Path], needed: bool = True) -> list[Any]:
+    """The keys in the files, else those of MEDFORGE_TRUSTED_KEYS; where none is needed, none if it is not set."""
+    import os
 
+    from medforge.release.promote import TRUSTED_KEYS, read_keys, trusted_keys
+
+    if not (needed or paths or os.environ.get(TRUSTED_KEYS)):
+        return []
     return trusted_keys(read_keys(paths) if paths else None)
 
 

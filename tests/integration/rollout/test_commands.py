@@ -86,6 +86,25 @@ def test_a_command_that_was_killed(
     assert state(site)["holder"] == {} and state(site)["canary"] is None
 
 
+def test_a_canary_is_taken_back_without_keys(
+    site: Site, old: str, run: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, times = site.publish(0.8), ("--settle-seconds", "0")
+    site.cluster.looks_until_ready = 0
+    run("deploy", new, "--canary", "10")
+    keys = os.environ["MEDFORGE_TRUSTED_KEYS"]
+    monkeypatch.delenv("MEDFORGE_TRUSTED_KEYS")
+    assert "holds no public key" in run("rollout", "promote", *times)[1]
+    assert run("rollout", "rollback", *times)[0] == f"{new[:12]} is rolled back; {old[:12]} is given to all callers\n"
+    assert state(site)["canary"] is None
+    monkeypatch.setenv("MEDFORGE_TRUSTED_KEYS", keys)
+    run("deploy", new, "--canary", "10")
+    run("rollout", "promote", *times)
+    monkeypatch.delenv("MEDFORGE_TRUSTED_KEYS")
+    # going back to another release is to serve it: that asks for its approval
+    assert "only one that a trusted" in run("rollout", "rollback", *times)[1]
+
+
 def test_a_release_is_verified_and_downloaded(site: Site, run: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     new = site.publish(0.8)
     words = ("verify-release", new[:10], "--bucket", site.bucket)
