@@ -87,10 +87,10 @@ images-pin: | $(BIN)/python ## write the bases' digests into images/bases.env, f
 	@$(BIN)/python -m images.bases
 
 test: $(VENV)/.stamp-dev ## run all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-unit: $(VENV)/.stamp-dev ## run the fast tests, which need no server
-	@$(BIN)/python -m pytest -n 2 tests/unit
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
 test-integration: $(VENV)/.stamp-dev ## run the tests against real servers
 	@$(BIN)/python -m pytest tests/integration

@@ -16,8 +16,6 @@ import pytest
 from medforge.files import read_json, tree_digest
 from tests.e2e.conftest import SMALL, Place
 
-pytestmark = pytest.mark.xdist_group("pipeline")
-
 TASKS = [
     *("base", "convert", "validate", "train-align", "train-instruct", "merge", "predict-base", "predict-tuned"),
     *("evaluate", "gate", "report", "publish"),

@@ -28,7 +28,7 @@ from tests.conftest import png
 from tests.integration.serving.releases import NOW, publish_tiny
 from tests.integration.serving.test_predictor import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("local")]
+pytestmark = pytest.mark.slow
 
 PROJECT = Path(__file__).resolve().parents[3]
 # an untrained model's answers are not sure of anything
