@@ -21,14 +21,14 @@ async def record(
     status: int,
     release: str | None,
     track: str | None,
-    inputs: str | bytes | None,
-    outputs: str | bytes | None,
+    inputs: str | None,
+    outputs: str | None,
     decision: str | None = None,
     reason: str | None = None,
 ) -> None:
     """Write the row of an answer, and let feedback refer to it if it is one.
 
-    `inputs` and `outputs` are the request's body and the answer, or their SHA-256. GatewayError 503 if it cannot be
+    `inputs` and `outputs` are the SHA-256 of the request and of the answer. GatewayError 503 if the row cannot be
     written. A caller that hangs up meanwhile does not undo it.
     """
     await note(
@@ -40,7 +40,7 @@ async def record(
         parts.database.answered.note(row | {"track": track, "decision": decision, "at": time.time()})
 
 
-async def note(parts: Parts, context: Context, route: str, **entry: str | bytes | int | None) -> None:
+async def note(parts: Parts, context: Context, route: str, **entry: str | int | None) -> None:
     """Write the row of a request that is no answer of a model: a job that was sent, a reader's verdict."""
     known = {
         "request_id": context.request_id,

@@ -4,7 +4,7 @@ Without them one client without a key fills the memory with a header that never 
 heads ("slowloris") take every connection.
 
 And bodies are handed on in larger pieces than they come in: an image of 200 KB comes in five to ten, each of which
-would wake the application.
+would wake the application. Most requests are one piece.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MOST_BYTES = 64 << 10
 MOST_SECONDS = 10.0
-PIECE = 256 << 10  # bytes of a body that are collected before the application is told of them
+PIECE = 1 << 20  # bytes of a body that are collected before the application is told of them
 
 
 class _TooLarge(Exception):  # noqa: N818  the parser turns it into the end of the request

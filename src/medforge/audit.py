@@ -30,6 +30,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from medforge.files import canonical_json, sha256_bytes
 
 FIELDS = frozenset(
@@ -37,9 +39,10 @@ FIELDS = frozenset(
 )
 START = "0" * 64
 _NAME = re.compile(r"[!-~]{1,200}")  # printable, without white space: a name or a digest, never a sentence
-_DIGESTS = frozenset({"inputs", "outputs"})
 _TAIL = 1 << 20  # bytes at a file's end in which its last row is looked for; a row has less than 4 KiB
 _BATCH = 512
+# canonical JSON of rows, whose strings are printable ASCII: the same bytes as canonical_json's, in an eighth of the time
+_encode = msgspec.json.Encoder(order="sorted").encode
 Told = Callable[[str | Exception], None]
 
 
@@ -77,8 +80,7 @@ class AuditLog:
     def append(self, entry: Mapping[str, Any]) -> str:
         """Write a row and wait until it is kept. Returns its hash. OSError if it cannot be written: nothing is then.
 
-        None values are left out. `inputs` and `outputs` may be bytes, of which the row tells the SHA-256: the writer's
-        thread computes it. ValueError names a field that FIELDS lacks or a value that is no number or short name.
+        None values are left out. ValueError names a field that FIELDS lacks or a value that is no number or short name.
         """
         done: Future[str] = Future()
 
@@ -153,10 +155,9 @@ class AuditLog:
         at = self._clock().astimezone(timezone.utc).isoformat(timespec="milliseconds")
         lines, hashes, head = [before], [], self.head
         for number, row in enumerate(rows, self._seq + 1):
-            told = {name: sha256_bytes(value) if isinstance(value, bytes) else value for name, value in row.items()}
-            body = {"seq": number, "at": at, "prev": head, **told}
-            head = sha256_bytes(canonical_json(body))
-            lines.append(canonical_json({**body, "hash": head}) + b"\n")
+            body = {"seq": number, "at": at, "prev": head, **row}
+            head = body["hash"] = sha256_bytes(_encode(body))
+            lines += (_encode(body), b"\n")
             hashes.append(head)
         data = b"".join(lines)
         found = os.fstat(self._file)
@@ -180,8 +181,6 @@ def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"audit: {', '.join(unknown)}: is no field of the log; {', '.join(sorted(FIELDS))} are")
     row = {name: value for name, value in entry.items() if value is not None}
     for name, value in row.items():
-        if name in _DIGESTS and isinstance(value, bytes):
-            continue
         if type(value) is not int and not (isinstance(value, str) and _NAME.fullmatch(value)):
             # the value is not repeated: it may be what must not be in a log
             raise ValueError(f"audit: {name}: is no number and no name of 1 to 200 characters without white space")

@@ -8,9 +8,15 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from limits import parse
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from serving.gateway.errors import GatewayError
-from serving.gateway.limits import Limits
+from serving.gateway.limits import Limits, Windows
 from serving.gateway.metrics import Metrics
 from serving.gateway.parts import Caller
 from serving.gateway.settings import Settings
@@ -93,3 +99,42 @@ def test_memory_stands_in_while_redis_is_away() -> None:
             await limit.check(caller())
 
     asyncio.run(test())
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(
+    rate=st.sampled_from(("1/second", "3/second", "5/10 seconds", "7/minute", "2/hour")),
+    # 0.37 ms off the grid: where a window's share is a whole number, one rounding error decides
+    steps=st.lists(st.integers(0, 15_000).map(lambda step: (step + 0.37) / 1000), min_size=1, max_size=60),
+    start=st.integers(1_700_000_000, 1_800_000_000),
+)
+def test_windows_count_as_the_limits_library(rate: str, steps: list[float], start: int) -> None:
+    now = float(start)
+    item = parse(rate)
+
+    async def test() -> None:
+        nonlocal now
+        reference = SlidingWindowCounterRateLimiter(MemoryStorage())
+        windows = Windows(lambda: now)
+        for step in steps:
+            now += step
+            counted = windows.hit(item, "rate", "caller")
+            assert counted.allowed == await reference.hit(item, "rate", "caller")
+            stats = await reference.get_window_stats(item, "rate", "caller")
+            assert counted.remaining == stats.remaining
+            assert now + counted.reset == pytest.approx(stats.reset_time, abs=1e-3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: now)
+        asyncio.run(test())
+
+
+def test_windows_that_are_over_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.gateway.limits._SWEEP", 100)
+    now = 1_000_000.0
+    windows = Windows(lambda: now)
+    for number in range(1000):
+        windows.hit(parse("1/minute"), "rate", f"caller {number}")
+        now += 1.0
+    assert len(windows._counts) <= 250, "those of two minutes, and as many again before they are looked for"
+    assert not windows.hit(parse("1/minute"), "rate", "caller 999").allowed
