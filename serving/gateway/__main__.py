@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
 import time
@@ -51,6 +52,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         """Listen, and say where."""
         await super().startup(sockets)  # type: ignore[arg-type]
+        gc.collect()
+        gc.freeze()  # what is there now stays: the collector need not go through it again and again
         if self.started:
             address = self.servers[0].sockets[0].getsockname()
             logger().info("listening", host=address[0], port=address[1])

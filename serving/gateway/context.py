@@ -24,6 +24,7 @@ from serving.gateway.parts import Caller, Context, Parts
 
 EXCHANGE = "medforge.exchange"
 TIMEOUT_HEADER = "x-request-timeout"
+_WATCHED_AFTER = 0.05  # seconds
 T = TypeVar("T")
 
 
@@ -119,12 +120,19 @@ def time_left(context: Context) -> float:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled at once when the client hangs up (ClientGone).
+    """The result of `work`, which is cancelled when the client hangs up (ClientGone).
 
-    The request's body has to be read before: what `receive` says from then on is only that the client has gone.
+    The request's body has to be read before: what `receive` says from then on is only that the client has gone. Work
+    that is done at once is not watched: the watch is a task of its own.
     """
     here, hung_up = asyncio.current_task(), False
     assert here is not None, "requests are tasks"
+    watch: asyncio.Task[None] | None = None
+
+    def begin() -> None:
+        nonlocal watch
+        watch = asyncio.ensure_future(_gone(receive))
+        watch.add_done_callback(leave)
 
     def leave(watch: asyncio.Task[None]) -> None:
         nonlocal hung_up
@@ -133,8 +141,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             hung_up = True
             here.cancel()
 
-    watch = asyncio.ensure_future(_gone(receive))
-    watch.add_done_callback(leave)
+    timer = asyncio.get_running_loop().call_later(_WATCHED_AFTER, begin)
     try:
         return await work
     except asyncio.CancelledError:
@@ -142,8 +149,10 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             raise
         raise ClientGone from None
     finally:
-        watch.remove_done_callback(leave)
-        watch.cancel()
+        timer.cancel()
+        if watch is not None:
+            watch.remove_done_callback(leave)
+            watch.cancel()
 
 
 def _cancelled_again(task: asyncio.Task[Any]) -> bool:

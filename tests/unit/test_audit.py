@@ -202,18 +202,34 @@ def test_a_log_whose_last_row_was_changed_is_not_gone_on_with(tmp_path: Path) ->
         AuditLog(path)
 
 
-def test_rows_that_wait_share_an_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    syncs = 0
-    real = os.fsync
+@pytest.mark.parametrize("fsync", [True, False])
+def test_rows_are_on_the_disk_when_their_write_returns(fsync: bool, tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "a.jsonl", fsync)
+    flags = Path(f"/proc/self/fdinfo/{log._file}").read_text().split("flags:")[1].split()[0]
+    assert bool(int(flags, 8) & os.O_DSYNC) == fsync
+    log.close()
 
-    def slow(file: int) -> None:
-        nonlocal syncs
-        syncs += 1
+
+def test_a_row_alone_is_not_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "a.jsonl")
+    monkeypatch.setattr(audit, "_DELAY", 60.0)
+    for _ in range(3):
+        log.append(ENTRY)
+    log.close()
+
+
+def test_rows_that_wait_share_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = 0
+    real = audit._write_all
+
+    def slow(file: int, data: bytes) -> None:
+        nonlocal writes
+        writes += 1
         time.sleep(0.002)
-        real(file)
+        real(file, data)
 
     log = AuditLog(tmp_path / "a.jsonl")
-    monkeypatch.setattr(audit.os, "fsync", slow)
+    monkeypatch.setattr(audit, "_write_all", slow)
     hashes: list[str] = []
 
     def work() -> None:
@@ -226,7 +242,7 @@ def test_rows_that_wait_share_an_fsync(tmp_path: Path, monkeypatch: pytest.Monke
         thread.join()
     log.close()
     assert verify(tmp_path / "a.jsonl")[0] == len(set(hashes)) == 320
-    assert syncs < 160
+    assert writes < 160
 
 
 def test_a_full_disk_fails_the_row_and_leaves_a_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

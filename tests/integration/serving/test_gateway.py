@@ -20,9 +20,9 @@ import pytest
 
 from serving.gateway.settings import PREFIX, Settings
 from tests.conftest import png
+from tests.unit.gateway.chatting import PATH, body, data_uri
 from tests.unit.gateway.conftest import SECRET, Gateway, until
 from tests.unit.gateway.fake import RELEASE, Fake
-from tests.unit.gateway.test_chat import PATH, body, data_uri
 
 ROOT = Path(__file__).resolve().parents[3]
 
