@@ -15,9 +15,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import sqlalchemy as sql
 import structlog
 from cryptography.exceptions import InvalidTag
@@ -226,16 +228,37 @@ class Answered:
             rows, self._rows = self._rows, {}
         if not rows:
             return
-        insert = postgresql.insert(answers) if self._database.dialect == "postgresql" else sqlite.insert(answers)
-        changed = {name: insert.excluded[name] for name in ("route", "release", "track", "decision", "at")}
+        told = msgspec.json.encode(list(rows.values())).decode()
         try:
             with self._database.begin() as connection:
-                upsert = insert.on_conflict_do_update(index_elements=["caller", "request_id"], set_=changed)
-                connection.execute(upsert, list(rows.values()))
+                connection.execute(_upsert_answers(self._database.dialect), {"rows": told})
         except BaseException:
             with self._lock:
                 self._rows = rows | self._rows
             raise
+
+
+@lru_cache
+def _upsert_answers(dialect: str) -> sql.Executable:
+    """Write the rows of answers that the parameter `rows` holds as JSON.
+
+    One statement, and not one a row: drivers give up Python's lock for each and have to wait for it again, in which
+    time nobody is answered.
+    """
+    told = sql.bindparam("rows", type_=Text)
+    names = [column.name for column in answers.c]
+    if dialect == "postgresql":
+        columns = [sql.column(column.name, column.type) for column in answers.c]
+        rows = sql.func.jsonb_to_recordset(sql.cast(told, postgresql.JSONB)).table_valued(*columns)
+        found = sql.select(*rows.render_derived(with_types=True).c)
+        insert: Any = postgresql.insert(answers).from_select(names, found)
+    else:
+        each = sql.func.json_each(told).table_valued("value")
+        found = sql.select(*(sql.func.json_extract(each.c.value, f"$.{name}") for name in names))
+        # without a condition SQLite would take ON CONFLICT for a join's ON
+        insert = sqlite.insert(answers).from_select(names, found.where(sql.text("1")))
+    changed = {column.name: insert.excluded[column.name] for column in answers.c if not column.primary_key}
+    return insert.on_conflict_do_update(index_elements=list(answers.primary_key.c.keys()), set_=changed)
 
 
 def _away() -> GatewayError:
