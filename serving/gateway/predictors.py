@@ -17,13 +17,15 @@ _UNKNOWN = Capabilities("")
 
 
 class Upstream:
-    """One predictor: its base URL, circuit and what it last said of itself."""
+    """One predictor: its base URL, circuit, and what it serves by what it last said of itself."""
 
     def __init__(self, name: Track, place: Place, settings: Settings, metrics: Metrics) -> None:
         self.name, self.place, self.base, self._metrics = name, place, place.url, metrics
+        self.chat = f"{place.url}/chat/completions"
         self._digest = place.release
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
         self.capabilities = _UNKNOWN
+        self.release = self._serves(_UNKNOWN)
         self.problem: str | None = "has not been asked yet"
         self.looked = asyncio.Event()
         self.in_use = False  # it is what its track's metrics tell of
@@ -48,10 +50,7 @@ class Upstream:
         """Whether it answered when it was last asked, as the release that it should be."""
         return self.problem is None
 
-    @property
-    def release(self) -> api.Release:
-        """What it serves."""
-        about = self.capabilities
+    def _serves(self, about: Capabilities) -> api.Release:
         return api.Release(
             digest=about.release or self._digest or None, model=about.model, version=about.version, track=self.name
         )
@@ -64,7 +63,7 @@ class Upstream:
             logger().log(20 if problem is None else 30, "upstream", track=self.name, ready=problem is None, why=problem)
         if capabilities is not None and capabilities != self.capabilities:
             self._show_release(False)
-            self.capabilities = capabilities
+            self.capabilities, self.release = capabilities, self._serves(capabilities)
             self._show_release(True)
         self.problem = problem
         self._show()
@@ -80,8 +79,10 @@ class Upstream:
 
     def succeeded(self) -> None:
         """An answer is whole, or its head came to a trial."""
+        was_closed = self.breaker.state == "closed"
         self.breaker.success()
-        self._show()
+        if not was_closed:
+            self._show()
 
     def failed(self) -> None:
         """A request failed by its fault."""

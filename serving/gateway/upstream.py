@@ -243,9 +243,10 @@ class Upstreams:
             TIMEOUT_HEADER: f"{left:.3f}",
         }
         timeout = aiohttp.ClientTimeout(total=left, sock_connect=self._settings.connect_timeout)
-        url = f"{upstream.base}/chat/completions"
         try:
-            response = await self._session.post(url, data=body, headers=headers, timeout=timeout, allow_redirects=False)
+            response = await self._session.post(
+                upstream.chat, data=body, headers=headers, timeout=timeout, allow_redirects=False
+            )
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             self._blame(upstream, error, left)
             failure = explained(error, upstream.name)
