@@ -66,9 +66,7 @@ class Windows:
         allowed = weighted < item.amount
         if allowed:
             counts[1] += 1
-        reset = length - passed if counts[1] else math.inf
-        if before:
-            reset = min(reset, (length - passed) % (length / before))
+        reset = (length - passed) % (length / before) if before else length - passed
         return Count(allowed, max(0, item.amount - weighted - allowed), reset)
 
     def _forget(self) -> None:
