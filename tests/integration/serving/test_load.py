@@ -215,6 +215,7 @@ def test_clients_that_hang_up_free_their_places(settings: Settings, fake: Fake, 
         until(lambda: running.metrics()["medforge_gateway_in_flight"] == 0)
         assert running.metrics()["medforge_gateway_queued"] == 0
         until(lambda: fake.open == 0)
-        assert fake.cancelled == 10
+        # a place that is freed may go to somebody whose own hanging up is heard a moment later
+        assert fake.cancelled == len(fake.requests) >= 10
         fake.first_byte_seconds = 0
         assert all(serves(running, key) for _ in range(5))
