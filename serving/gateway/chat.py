@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from medforge.files import sha256_bytes
 from serving.gateway.auditing import record
 from serving.gateway.context import ClientGone, admit, admit_scope, exchange_of, while_connected
 from serving.gateway.errors import GatewayError
@@ -99,7 +100,7 @@ class _Relay:
             release=self._release,
             track=self._track,
             # not in a thread: handing Python's lock to and fro takes longer than the digest
-            inputs=hashlib.sha256(self._looked.body).hexdigest(),
+            inputs=sha256_bytes(self._looked.body),
             outputs=self._output.hexdigest() if self._started else None,
         )
 

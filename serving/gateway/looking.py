@@ -161,9 +161,8 @@ def _size(url: str, start: int, kind: str, param: str) -> tuple[int, int]:
     for end in (*(start + size for size in _HEADERS), len(url)):
         try:
             data = base64.b64decode(url[start:end], validate=True)
-            if kind == "PNG" and data.startswith(_PNG) and data[29:33] == zlib.crc32(data[12:29]).to_bytes(4, "big"):
-                width, height = struct.unpack_from(">II", data, len(_PNG))  # Pillow takes ten times as long
-                return width, height
+            if kind == "PNG" and len(data) >= _HEADERS[0] * 3 // 4 and (size := _png_size(data)):
+                return size
             with Image.open(io.BytesIO(data), formats=(kind,)) as image:
                 return image.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -176,6 +175,14 @@ def _size(url: str, start: int, kind: str, param: str) -> tuple[int, int]:
                     "image-invalid", f"The image is no {kind} as its media type says ({type(error).__name__})", param
                 ) from None
     raise AssertionError("the whole image was looked at")
+
+
+def _png_size(data: bytes) -> tuple[int, int] | None:
+    """What a sound PNG begins with, in a tenth of Pillow's time; None leaves the judgement to Pillow."""
+    if not data.startswith(_PNG) or data[29:33] != zlib.crc32(data[12:29]).to_bytes(4, "big"):
+        return None
+    width, height = struct.unpack_from(">II", data, len(_PNG))
+    return (width, height) if width and height else None
 
 
 def _check_host(url: str, settings: Settings, param: str) -> None:
