@@ -74,7 +74,7 @@ _CHAT = {
                         "type": "object",
                         "required": ["messages"],
                         "properties": {
-                            "model": {"type": "string"},
+                            "model": {"type": ["string", "null"]},
                             "messages": {
                                 "type": "array",
                                 "minItems": 1,
@@ -128,9 +128,9 @@ _SCHEMAS: dict[str, Any] = {
         "required": ["type"],
         "properties": {
             "type": {"enum": ["text", "image_url"]},
-            "text": {"type": "string"},
+            "text": {"type": ["string", "null"]},
             "image_url": {
-                "type": "object",
+                "type": ["object", "null"],  # some clients send a part's other fields as null
                 "required": ["url"],
                 "properties": {"url": {"type": "string", "format": "uri"}},
             },
