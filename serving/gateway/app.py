@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from medforge import __version__, apikeys, reference
 from medforge.audit import AuditLog
@@ -33,7 +35,7 @@ _OTHERS = 64  # requests that are open beside those that wait for a model: lists
 def create_app(settings: Settings) -> FastAPI:
     """The application. Files and connections are opened when its lifespan begins; `app.state.parts` is there then."""
     metrics = Metrics()
-    app = FastAPI(
+    app = _Gateway(
         title="MedForge gateway",
         version=__version__,
         lifespan=partial(_lifespan, settings, metrics),
@@ -45,13 +47,8 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.traffic = traffic = Traffic(settings.concurrency + settings.queue + _OTHERS)
-    app.add_middleware(
-        Envelope,
-        settings=settings,
-        metrics=metrics,
-        traffic=traffic,
-        hot={f"{settings.root_path}{chat.PATH}": chat.CHAT},
-    )
+    app.add_middleware(Envelope, settings=settings, metrics=metrics, traffic=traffic)
+    app.hot[f"{settings.root_path}{chat.PATH}"] = Envelope(chat.CHAT, settings, metrics, traffic)
     for kind in (RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _explain)
     app.router.routes.append(chat.ROUTE)
@@ -59,6 +56,22 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router())
     app.openapi = partial(documentation.describe, app)  # type: ignore[method-assign]
     return app
+
+
+class _Gateway(FastAPI):
+    """FastAPI, but for POST requests to the paths of `hot`: their apps need nothing of its layers and routes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.hot: dict[str, ASGIApp] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hot = self.hot.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if hot is None:
+            await super().__call__(scope, receive, send)
+            return
+        scope["app"] = self
+        await hot(scope, receive, send)
 
 
 async def _explain(request: Request, error: Exception) -> Response:

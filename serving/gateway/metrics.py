@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from typing import Any
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import generate_latest
 
 # a model's answers take from a blink to two minutes
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120)
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 SHARES = tuple(number / 20 for number in range(1, 21))
+
+
+class _Kept:
+    """Keeps its children by their labels: `labels` takes a lock and makes strings of them each time."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    def labels(self, *labelvalues: Any, **labelkwargs: Any) -> Any:
+        """The child with these labels."""
+        if labelkwargs:
+            return super().labels(*labelvalues, **labelkwargs)  # type: ignore[misc]
+        child = self._kept.get(labelvalues)
+        if child is None:
+            child = self._kept[labelvalues] = super().labels(*labelvalues)  # type: ignore[misc]
+        return child
+
+
+class Counter(_Kept, prometheus_client.Counter):
+    """A counter."""
+
+
+class Histogram(_Kept, prometheus_client.Histogram):
+    """A histogram."""
 
 
 class Metrics:

@@ -11,7 +11,6 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +31,6 @@ else:
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 HEALTH = frozenset({"/livez", "/readyz", "/metrics"})
 CLIENT_GONE = 499  # what nginx calls it; it is seen in logs and metrics only
-_NONE: Mapping[str, ASGIApp] = {}
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 32 << 20
 
 SECURITY = (
@@ -64,15 +62,10 @@ class _Wire:
 
 
 class Envelope:
-    """Wraps every request. `traffic` is shared with the server, which waits for the open ones when it drains.
+    """Wraps every request. `traffic` is shared with the server, which waits for the open ones when it drains."""
 
-    `hot` are the apps of paths that need nothing of FastAPI: they are called at once, past its own layers and routes.
-    """
-
-    def __init__(
-        self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic, hot: Mapping[str, ASGIApp] = _NONE
-    ) -> None:
-        self.app, self.settings, self.metrics, self.traffic, self.hot = app, settings, metrics, traffic, hot
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic) -> None:
+        self.app, self.settings, self.metrics, self.traffic = app, settings, metrics, traffic
         self._hosts = frozenset(host.lower() for host in settings.allowed_hosts)
         self._security = [(name.encode(), value.encode()) for name, value in SECURITY]
         if settings.environment == "production":
@@ -108,8 +101,7 @@ class Envelope:
         try:
             if not health:
                 self._check(scope, headers, wire)
-            hot = self.hot.get(scope["path"]) if scope["method"] == "POST" else None
-            await (hot or self.app)(scope, receive, send)
+            await self.app(scope, receive, send)
         except GatewayError as error:
             await self._refuse(wire, send, error)
         except ClientGone:

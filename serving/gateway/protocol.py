@@ -84,6 +84,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._pieces:
             body = b"".join(self._pieces) if len(self._pieces) > 1 else self._pieces[0]
             self._pieces, self._held = [], 0
+            if self.cycle is not None and not self.cycle.body:
+                self.cycle.body = b""  # type: ignore[assignment]  # bytes pass through unchanged, a bytearray copies twice
             super().on_body(body)
 
     def _begin(self) -> None:

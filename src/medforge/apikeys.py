@@ -7,7 +7,6 @@ rather than plain SHA-256, so that somebody who can write to the database cannot
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import re
 import secrets
@@ -195,7 +194,7 @@ def _key(row: Any) -> Key:
 
 
 def _hash(secret: str, secret_key: str) -> str:
-    return hmac.new(secret_key.encode(), secret.encode(), hashlib.sha256).hexdigest()
+    return hmac.digest(secret_key.encode(), secret.encode(), "sha256").hex()
 
 
 def _check(

@@ -42,7 +42,7 @@ START = "0" * 64
 _NAME = re.compile(r"[!-~]{1,200}")  # printable, without white space: a name or a digest, never a sentence
 _TAIL = 1 << 20  # bytes at a file's end in which its last row is looked for; a row has less than 4 KiB
 _BATCH = 512
-_DELAY = 0.002  # seconds
+_DELAY = 0.0005  # seconds
 # rows' strings are printable ASCII: these are canonical_json's bytes, in an eighth of the time
 _encode = msgspec.json.Encoder(order="sorted").encode
 Told = Callable[[str | Exception], None]
