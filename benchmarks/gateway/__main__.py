@@ -10,8 +10,9 @@ httpx) checks and writes nothing. Each is one process; wrk, upstream and contend
 Two rows more stand before an upstream that parses the request and decodes the image, as every model's server has to:
 what is left of its throughput behind the gateway is what a predictor of no cost at all would keep.
 
-Latency is that over one connection, less that of the upstream alone; throughput that over many. Repeats go round the
-contenders, so that a slow spell of the machine meets all of them; medians count.
+Latency is that over one connection, less that of the upstream alone; throughput that over as many as MedForge's gateway
+lets through at once by default, and, as httpx is slower the more connections its pool holds, over fewer and more too.
+Repeats go round the contenders, so that a slow spell of the machine meets all of them; medians count.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def compare(options: argparse.Namespace, work: Work, wrk: str, cache: Path, give
     }
     whole = not (options.quick or options.only)
     path = Path(options.out) if options.out else RESULTS if whole else cache / "gateway" / "partial.json"
-    write_json(path, report.document(rows, about))
+    write_json(path, report.document(rows, about, work.connections))
     print(report.table(rows, work.connections))
     print(f"written to {path}")
     print(report.headline(rows))

@@ -19,11 +19,12 @@ class Work:
 
     seconds: int = 20
     warm_up: int = 3
-    connections: int = 16
+    connections: int = 32  # as many requests as MedForge's gateway lets through at once, by default
+    levels: tuple[int, ...] = (4, 16, 64)  # other numbers of connections, at which only throughput is measured
     repeats: int = 3
 
 
-QUICK = Work(seconds=2, warm_up=1, repeats=1)
+QUICK = Work(seconds=2, warm_up=1, levels=(4,), repeats=1)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def _repeat(row: Row, server: servers.Server, bench: Bench, own: bool) -> None:
     row.per_second.append(crowd.per_second)
     row.crowd_p99_ms.append(crowd.p99_ms)
     row.cpu_ms.append(1e3 * used / crowd.requests)
+    for count in () if row.reads else work.levels:
+        row.levels.setdefault(count, []).append(load_it(count, work.seconds).per_second)
     if own:
         row.memory_bytes.append(memory(server.process.pid))
     print(f"  {row.label}: {alone.p50_ms:.2f} ms, {crowd.per_second:.0f} requests/s", file=sys.stderr, flush=True)

@@ -16,7 +16,8 @@ class Row:
 
     `reads`: the upstream parses the request and decodes the image, as every model's server does before its model.
     `p50_ms`, `p99_ms`: latency over one connection. `per_second`, `crowd_p99_ms`, `cpu_ms` (processor time of the
-    server for a request): over all connections. `memory_bytes`: resident after that.
+    server for a request): over all connections. `memory_bytes`: resident after that. `levels`: the same throughput
+    over other numbers of connections.
     """
 
     contender: str
@@ -27,6 +28,7 @@ class Row:
     crowd_p99_ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
+    levels: dict[int, list[float]] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -79,7 +81,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row], connections: int) -> str:
-    """The rows as text. Latencies over one connection, the rest over `connections`."""
+    """The rows as text: latencies over one connection, the rest over `connections`; then throughput by connections."""
     head = (
         "contender", "p50 ms", "p99 ms", "added p50", "added p99", f"requests/s ({connections})", "of direct",
         f"p99 ms ({connections})", "CPU ms", "MiB",
@@ -99,20 +101,41 @@ def table(rows: Sequence[Row], connections: int) -> str:
             (memory and memory / 2**20, 0),
         )
         lines.append((row.label, *(_number(value, digits) for value, digits in figures)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = _aligned(lines)
+    if found := by_connections(rows, connections):
+        counts = sorted({count for figures in found.values() for count in figures})
+        text += ["", *_aligned([
+            ("requests/s by connections", *map(str, counts)),
+            *((label, *(_number(figures.get(count), 0) for count in counts)) for label, figures in found.items()),
+        ])]  # fmt: skip
+    return "\n".join(text + [f"error: {row.label}: {row.error}" for row in rows if row.error])
+
+
+def by_connections(rows: Sequence[Row], connections: int) -> dict[str, dict[int, float]]:
+    """The median throughput of each contender that was measured over several numbers of connections."""
+    found = {}
+    for row in rows:
+        middle = row.middle("per_second")
+        if row.levels and middle is not None:
+            found[row.label] = {connections: middle} | {count: median(each) for count, each in row.levels.items()}
+    return found
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = [
         "  ".join(f"{cell:{'>' if column else '<'}{widths[column]}}" for column, cell in enumerate(line))
         for line in lines
     ]
     text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(text + [f"error: {row.label}: {row.error}" for row in rows if row.error])
+    return text
 
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def document(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
+def document(rows: Sequence[Row], about: dict[str, Any], connections: int) -> dict[str, Any]:
     """All of it for a JSON file: `about` (command, machine, versions, work), the rows with medians, the last line."""
     made = [
         asdict(row)
@@ -125,7 +148,8 @@ def document(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
         }
         for row in rows
     ]
-    return {**about, "results": made, "headline": headline(rows)}
+    levels = by_connections(rows, connections)
+    return {**about, "results": made, "by_connections": levels, "headline": headline(rows)}
 
 
 _FIGURES = ("p50_ms", "p99_ms", "per_second", "crowd_p99_ms", "cpu_ms", "memory_bytes")

@@ -83,8 +83,8 @@ def main() -> int:
     logs.configure(settings.log_level)
     if not settings.authentication:
         logger().warning("authentication is off: everybody who reaches this gateway may call it")
-    # the audit log's and the database's threads wait for the interpreter as long as this whenever they come back from
-    # the disk, and with them the answers that wait for their rows: at Python's 5 ms that was most of an answer's time
+    # the database's threads wait for the interpreter as long as this whenever they come back from the disk, and with
+    # them who waits for the database: at Python's 5 ms that was most of an answer's time
     sys.setswitchinterval(_SWITCH_SECONDS)
     app = create_app(settings)
     config = uvicorn.Config(

@@ -14,7 +14,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from medforge import __version__, apikeys, reference
-from medforge.audit import AuditLog
 from serving.gateway import chat, diagnose, documentation, feedback, health, jobs, page, releases
 from serving.gateway.admission import Admission
 from serving.gateway.authentication import Authentication
@@ -26,6 +25,7 @@ from serving.gateway.metrics import Metrics
 from serving.gateway.middleware import Envelope, route_of, translate
 from serving.gateway.oidc import Oidc
 from serving.gateway.parts import Parts
+from serving.gateway.scribe import Scribe
 from serving.gateway.settings import Settings
 from serving.gateway.upstream import Upstreams
 
@@ -95,8 +95,9 @@ async def _lifespan(settings: Settings, metrics: Metrics, app: FastAPI) -> Async
         stack.callback(database.close)
         database.create()
         apikeys.create(database.engine)
-        audit = AuditLog(settings.data_dir / "audit", fsync=settings.audit_fsync)
-        stack.callback(audit.close)
+        audit = Scribe(settings.data_dir / "audit", settings.audit_fsync)
+        stack.push_async_callback(audit.close)
+        await audit.start()
         oidc = Oidc(settings) if settings.oidc_issuer else None
         if oidc is not None:
             stack.push_async_callback(oidc.close)

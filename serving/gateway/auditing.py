@@ -5,8 +5,6 @@ The row is on the disk before the answer goes out; where it cannot be written, t
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 
 from serving.gateway.errors import GatewayError
@@ -48,24 +46,8 @@ async def note(parts: Parts, context: Context, route: str, **entry: str | int | 
         "client": context.caller.kind,
         "route": route,
     }
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def settle(outcome: str | Exception) -> None:
-        if done.done():  # the caller has hung up; the row is kept
-            return
-        if isinstance(outcome, Exception):
-            done.set_exception(outcome)
-        else:
-            done.set_result(None)
-
-    def told(outcome: str | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, outcome)
-
     try:
-        parts.audit.submit(known | entry, told)
-        await done
+        await parts.audit.write(known | entry)
     except OSError as error:
         message = "The audit log cannot be written, so nothing is answered; the operator has to look after it"
         raise GatewayError(503, "audit-unavailable", message, None, 30) from error

@@ -73,6 +73,6 @@ async def _audit_writes(parts: Parts) -> bool:
     if not parts.audit.refused:
         return True
     try:
-        return await asyncio.wait_for(asyncio.to_thread(parts.audit.probe), _SECONDS)
+        return await asyncio.wait_for(parts.audit.probe(), _SECONDS)
     except asyncio.TimeoutError:
         return False

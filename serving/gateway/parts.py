@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from medforge.audit import AuditLog
     from serving.gateway.admission import Admission
     from serving.gateway.authentication import Authentication
     from serving.gateway.database import Database
     from serving.gateway.drift import Drift
     from serving.gateway.limits import Limits
     from serving.gateway.metrics import Metrics
+    from serving.gateway.scribe import Scribe
     from serving.gateway.settings import Settings
     from serving.gateway.upstream import Upstreams
 
@@ -52,6 +52,6 @@ class Parts:
     admission: Admission
     upstreams: Upstreams
     database: Database
-    audit: AuditLog
+    audit: Scribe
     drift: Drift
     draining: bool = field(default=False)

@@ -19,13 +19,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import queue
 import re
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,11 +37,8 @@ FIELDS = frozenset(
 START = "0" * 64
 _NAME = re.compile(r"[!-~]{1,200}")  # printable, without white space: a name or a digest, never a sentence
 _TAIL = 1 << 20  # bytes at a file's end in which its last row is looked for; a row has less than 4 KiB
-_BATCH = 512
-_DELAY = 0.0005  # seconds
 # rows' strings are printable ASCII: these are canonical_json's bytes, in an eighth of the time
 _encode = msgspec.json.Encoder(order="sorted").encode
-Told = Callable[[str | Exception], None]
 
 
 def _now() -> datetime:
@@ -53,18 +46,16 @@ def _now() -> datetime:
 
 
 class AuditLog:
-    """The writer of one file. `append` returns when the row is on the disk; rows that wait share one write.
+    """The writer of one file. `write` returns when its rows are on the disk; not for several threads.
 
     `path` is a .jsonl file, or a folder in which a free one is taken. With `fsync=False` rows survive the process but
     not a loss of power. ValueError if another process writes to the file, or its last row is not what was written.
-
-    While rows come faster than they are written, the writer waits for a moment and writes more of them at once
-    (PostgreSQL's commit_delay): each write hands Python's lock to and fro, which takes time from whoever answers.
     """
 
     def __init__(self, path: Path, fsync: bool = True, clock: Callable[[], datetime] = _now) -> None:
         self._clock = clock
         self.path, self._file = _take(path, os.O_DSYNC if fsync else 0)
+        self._closed = False
         try:
             self._seq, self.head, torn = _last_row(self.path, self._file)
             self._size = os.fstat(self._file).st_size
@@ -72,93 +63,30 @@ class AuditLog:
                 note = {"event": "truncated", "bytes": len(torn), "sha256": sha256_bytes(torn)}
                 self._write([note], before=b"" if torn.endswith(b"\n") else b"\n")
         except BaseException:
-            os.close(self._file)
+            self.close()
             raise
-        self._closing = threading.Lock()
-        self._closed = False
-        self._probing = threading.Lock()
-        self.refused = 0  # rows that could not be written since the last that was
-        self._waiting: queue.SimpleQueue[tuple[dict[str, Any], Told] | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._work, name="audit", daemon=True)
-        self._writer.start()
 
     def append(self, entry: Mapping[str, Any]) -> str:
-        """Write a row and wait until it is kept. Returns its hash. OSError if it cannot be written: nothing is then.
+        """Write a row. Returns its hash. OSError if it cannot be written: nothing is then.
 
         None values are left out. ValueError names a field that FIELDS lacks or a value that is no number or short name.
         """
-        done: Future[str] = Future()
+        return self.write([checked(entry)])[0]
 
-        def told(outcome: str | Exception) -> None:
-            if isinstance(outcome, Exception):
-                done.set_exception(outcome)
-            else:
-                done.set_result(outcome)
-
-        self.submit(entry, told)
-        return done.result()
-
-    def submit(self, entry: Mapping[str, Any], told: Told) -> None:
-        """`append` without waiting: the writer's thread calls `told` with the hash or the OSError, and goes on."""
-        row = _checked(entry)
-        with self._closing:
-            if self._closed:
-                raise OSError(f"{self.path}: the audit log is closed")
-            self._waiting.put((row, told))
-
-    def probe(self) -> bool:
-        """Whether rows can be written. After a failure that is found out by writing one, so it may take a while.
-
-        Whoever sends nothing more because nothing was written would otherwise never learn that there is room again.
-        """
-        if self.refused and self._probing.acquire(blocking=False):
-            try:
-                tried = threading.Event()
-                with self._closing:
-                    if self._closed:
-                        return False
-                    self._waiting.put(({"event": "resumed", "refused": self.refused}, lambda _: tried.set()))
-                tried.wait()
-            finally:
-                self._probing.release()
-        return not self.refused
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Write rows that are `checked`, or notes of the log itself, all or none. Returns their hashes. OSError as of
+        `append`."""
+        if self._closed:
+            raise OSError(f"{self.path}: the audit log is closed")
+        return self._write(rows)
 
     def close(self) -> None:
-        """Write what waits, and give the file free."""
-        with self._closing:
-            if self._closed:
-                return
+        """Give the file free."""
+        if not self._closed:
             self._closed = True
-            self._waiting.put(None)
-        self._writer.join()
-        os.close(self._file)
+            os.close(self._file)
 
-    def _work(self) -> None:
-        """Write the rows that wait, as many as there are at once, until `close`."""
-        last, several = False, False
-        while not last and (first := self._waiting.get()) is not None:
-            batch = [first]
-            if several:
-                time.sleep(_DELAY)
-            while len(batch) < _BATCH and not self._waiting.empty():
-                following = self._waiting.get()
-                if following is None:
-                    last = True
-                    break
-                batch.append(following)
-            outcomes: Sequence[str | Exception]
-            try:
-                outcomes = self._write([row for row, _ in batch])
-                self.refused = 0
-            except Exception as error:  # whoever waits is told; the next rows are tried anew
-                outcomes = [error] * len(batch)
-                self.refused += sum("event" not in row for row, _ in batch)
-            for (_, told), outcome in zip(batch, outcomes, strict=True):
-                told(outcome)
-            several = len(batch) > 1
-
-    def _write(self, rows: list[dict[str, Any]], before: bytes = b"") -> list[str]:
-        """Write rows behind the last one, all or none. Returns their hashes."""
+    def _write(self, rows: Sequence[Mapping[str, Any]], before: bytes = b"") -> list[str]:
         at = self._clock().astimezone(timezone.utc).isoformat(timespec="milliseconds")
         lines, hashes, head = [before], [], self.head
         for number, row in enumerate(rows, self._seq + 1):
@@ -181,7 +109,8 @@ class AuditLog:
         return hashes
 
 
-def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
+def checked(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's fields without those that are None. ValueError as of `AuditLog.append`."""
     if unknown := sorted(set(entry) - FIELDS):
         raise ValueError(f"audit: {', '.join(unknown)}: is no field of the log; {', '.join(sorted(FIELDS))} are")
     row = {name: value for name, value in entry.items() if value is not None}

@@ -9,8 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -208,41 +206,6 @@ def test_rows_are_on_the_disk_when_their_write_returns(fsync: bool, tmp_path: Pa
     flags = Path(f"/proc/self/fdinfo/{log._file}").read_text().split("flags:")[1].split()[0]
     assert bool(int(flags, 8) & os.O_DSYNC) == fsync
     log.close()
-
-
-def test_a_row_alone_is_not_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = AuditLog(tmp_path / "a.jsonl")
-    monkeypatch.setattr(audit, "_DELAY", 60.0)
-    for _ in range(3):
-        log.append(ENTRY)
-    log.close()
-
-
-def test_rows_that_wait_share_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writes = 0
-    real = audit._write_all
-
-    def slow(file: int, data: bytes) -> None:
-        nonlocal writes
-        writes += 1
-        time.sleep(0.002)
-        real(file, data)
-
-    log = AuditLog(tmp_path / "a.jsonl")
-    monkeypatch.setattr(audit, "_write_all", slow)
-    hashes: list[str] = []
-
-    def work() -> None:
-        hashes.extend([log.append(ENTRY) for _ in range(20)])
-
-    threads = [threading.Thread(target=work) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    log.close()
-    assert verify(tmp_path / "a.jsonl")[0] == len(set(hashes)) == 320
-    assert writes < 160
 
 
 def test_a_full_disk_fails_the_row_and_leaves_a_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

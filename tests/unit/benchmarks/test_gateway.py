@@ -105,6 +105,17 @@ def test_the_table_has_a_line_for_each_and_its_error(rows: list[Row]) -> None:
     assert lines[6] == "error: litellm: broke off"
 
 
+def test_throughput_is_told_by_connections(rows: list[Row]) -> None:
+    assert report.by_connections(rows, 32) == {}
+    rows[1].levels = {4: [300.0, 500.0, 400.0], 64: [700.0]}
+    rows[3].levels = {4: [10.0]}  # before it broke off
+    assert report.by_connections(rows, 32) == {"medforge": {32: 800.0, 4: 400.0, 64: 700.0}}
+    lines = report.table(rows, 32).splitlines()
+    assert lines[7].split() == ["requests/s", "by", "connections", "4", "32", "64"]
+    assert lines[9].split() == ["medforge", "400", "800", "700"]
+    assert report.document(rows, {}, 32)["by_connections"] == report.by_connections(rows, 32)
+
+
 @pytest.fixture
 def stood_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Nothing is installed, started or loaded: each repeat gives a contender's known figures. Returns the results."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from serving.gateway.drift import Drift
 from serving.gateway.jobstore import JobStore
 from serving.gateway.metrics import Metrics
 from serving.gateway.parts import Caller, ClientClass, Context, Parts
+from serving.gateway.scribe import Scribe
 from serving.gateway.settings import Settings
 
 NOW = 1_000_000.0  # when jobs are put into the store
@@ -55,6 +57,28 @@ def context(request_id: str = "request-1", caller: str = "caller-1", *scopes: st
 
 
 @contextmanager
+def full_disk(scribe: Scribe) -> Iterator[None]:
+    """Let the audit log's process write nothing more."""
+    assert scribe._process is not None
+    before = resource.prlimit(scribe._process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(scribe._process.pid, resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(scribe._process.pid, resource.RLIMIT_FSIZE, before)
+
+
+class InProcess:
+    """The audit log's writer without its process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = AuditLog(folder, fsync=False)
+
+    async def write(self, entry: dict[str, Any]) -> None:
+        self.log.append(entry)
+
+
+@contextmanager
 def keeping(folder: Path, **changes: Any) -> Iterator[Parts]:
     """The parts, in a folder; `changes` are settings."""
     values: dict[str, Any] = {"data_dir": folder, "secret_key": SecretStr("s" * 32), "audit_fsync": False} | changes
@@ -62,11 +86,11 @@ def keeping(folder: Path, **changes: Any) -> Iterator[Parts]:
     metrics, absent = Metrics(), cast(Any, None)
     database = Database(settings.database_url)
     database.create()
-    audit = AuditLog(folder / "audit", fsync=False)
+    audit = InProcess(folder / "audit")
     try:
-        yield Parts(settings, metrics, absent, absent, absent, absent, database, audit, Drift(None, metrics))
+        yield Parts(settings, metrics, absent, absent, absent, absent, database, cast(Any, audit), Drift(None, metrics))
     finally:
-        audit.close()
+        audit.log.close()
         database.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def test_without_a_row_there_is_no_answer(tmp_path: Path, monkeypatch: pytest.Mo
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(parts.audit, "_write", fail)
+            patch.setattr(audit.AuditLog, "_write", fail)
             with pytest.raises(GatewayError) as told:
                 asyncio.run(record(parts))
         assert (told.value.status, told.value.code, told.value.retry_after) == (503, "audit-unavailable", 30)
@@ -72,24 +71,6 @@ def test_without_a_row_there_is_no_answer(tmp_path: Path, monkeypatch: pytest.Mo
         assert parts.database.answered._rows == {}  # nothing that feedback could refer to
         asyncio.run(record(parts))
         assert len(rows(tmp_path)) == 1
-
-
-def test_a_caller_that_hangs_up_does_not_undo_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with keeping(tmp_path) as parts:
-        real, waiting = audit._write_all, threading.Event()
-        monkeypatch.setattr(audit, "_write_all", lambda *given: real(*given) if waiting.wait(5) else None)
-
-        async def hang_up() -> None:
-            task = asyncio.create_task(record(parts))
-            await asyncio.sleep(0.05)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            waiting.set()
-
-        asyncio.run(hang_up())
-        asyncio.run(record(parts))  # the writer goes on, though that loop is closed
-        assert [row["seq"] for row in rows(tmp_path)] == [1, 2]
 
 
 def test_only_answers_can_be_given_feedback_on(tmp_path: Path) -> None:

@@ -191,10 +191,10 @@ def test_a_client_that_hangs_up_in_the_queue_is_never_asked_for(serve: Serve, se
 
 
 def test_an_answer_without_a_row_of_audit_is_not_given(gateway: Gateway, fake: Fake, monkeypatch: Any) -> None:
-    def fail(_: Any) -> Any:
+    async def fail(_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(gateway.parts.audit, "_write", fail)
+    monkeypatch.setattr(gateway.parts.audit, "write", fail)
     answer = gateway.client.post(PATH, json=body())
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "audit-unavailable")
     got = b""

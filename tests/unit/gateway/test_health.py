@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 
 import pytest
@@ -13,6 +12,7 @@ from serving.gateway.errors import GatewayError
 from serving.gateway.settings import Settings
 from tests.unit.gateway.conftest import Gateway, Serve, until
 from tests.unit.gateway.fake import RELEASE, Fake
+from tests.unit.gateway.keeping import full_disk
 
 
 @pytest.fixture(autouse=True)
@@ -75,13 +75,9 @@ def test_a_circuit_that_is_open(gateway: Gateway) -> None:
     assert gateway.client.get("/readyz").status_code == 200
 
 
-def test_a_full_disk_under_the_audit_log(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: int, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def test_a_full_disk_under_the_audit_log(gateway: Gateway) -> None:
     ask = {"model": "medforge", "messages": [{"role": "user", "content": "Is it?"}]}
-    with monkeypatch.context() as patch:
-        patch.setattr(audit, "_write_all", full)
+    with full_disk(gateway.parts.audit):
         assert gateway.client.get("/readyz").status_code == 200  # nothing has been tried
         for _ in range(2):
             assert gateway.client.post("/v1/chat/completions", json=ask).status_code == 503

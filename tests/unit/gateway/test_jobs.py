@@ -115,10 +115,10 @@ def test_a_job_is_in_the_audit_log_and_is_not_made_without_it(
     ]
     assert rows[0]["inputs"] == hashlib.sha256(content).hexdigest()
 
-    def fail(*_: Any, **__: Any) -> None:
+    async def fail(_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gateway.parts.audit, "_write", fail)
+    monkeypatch.setattr(gateway.parts.audit, "write", fail)
     told = gateway.client.post("/v1/jobs", json=body("b?"))
     assert (told.status_code, told.json()["error"]["code"]) == (503, "audit-unavailable")
     assert len(gateway.client.get("/v1/jobs").json()["jobs"]) == 1
