@@ -11,11 +11,12 @@ from typing import Any
 import jsonschema
 import pytest
 import structlog
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.gateway import logs
 from serving.gateway.app import create_app
 from serving.gateway.settings import Settings
-from tests.unit.gateway.conftest import Gateway
+from tests.unit.gateway.conftest import Gateway, Serve
 
 OPEN = {"/livez", "/readyz", "/metrics", "/"}
 
@@ -132,3 +133,25 @@ def test_logs_are_json_lines_without_messages_of_exceptions(capsys: pytest.Captu
     assert lines[0]["at"].endswith("Z")
     assert (lines[1]["logger"], lines[1]["exception"]) == ("uvicorn.error", "ValueError")
     assert "Jane" not in json.dumps(lines)
+
+
+def test_only_questions_to_the_hot_path_go_past_fastapi(settings: Settings, serve: Serve) -> None:
+    app, passed = create_app(settings), []
+
+    class Watch:
+        def __init__(self, inner: ASGIApp) -> None:
+            self.inner = inner
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                passed.append(f"{scope['method']} {scope['path']}")
+            await self.inner(scope, receive, send)
+
+    app.add_middleware(Watch)
+    with serve(settings, app) as gateway:
+        asked = {"model": "medforge", "messages": [{"role": "user", "content": "Is it?"}]}
+        assert gateway.client.post("/v1/chat/completions", json=asked).status_code == 200
+        assert gateway.client.post("/v1/chat/completions/", json=asked).status_code == 404
+        assert gateway.client.get("/v1/chat/completions").status_code == 405
+        assert gateway.client.get("/livez").status_code == 200
+    assert passed == ["POST /v1/chat/completions/", "GET /v1/chat/completions", "GET /livez"]

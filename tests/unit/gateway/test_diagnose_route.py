@@ -14,7 +14,7 @@ from serving.gateway import api
 from serving.gateway.settings import Settings
 from tests.unit.gateway.conftest import Gateway, Serve, until
 from tests.unit.gateway.fake import RELEASE, Fake
-from tests.unit.gateway.test_diagnose import png
+from tests.unit.gateway.room import png
 
 
 def body(**fields: Any) -> dict[str, Any]:

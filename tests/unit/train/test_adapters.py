@@ -192,7 +192,7 @@ def test_the_heads_come_last_at_their_own_rate(base: Path) -> None:
     groups = groups_of(base, config, TaskHeads(128, True, True))
     heads = [group for group in groups if any(name.startswith("heads.") for name in group["names"])]
     assert groups[-len(heads) :] == heads
-    # the log-variances have a rate of their own: tests/unit/models/test_heads.py
+    # the log-variances have a rate of their own: tests/unit/models/heads
     layers = [group for group in heads if not any("log_variance" in name for name in group["names"])]
     assert {group["lr"] for group in layers} == {7e-3}
     decayed = [name for group in heads if group["weight_decay"] for name in group["names"]]

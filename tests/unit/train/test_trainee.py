@@ -12,16 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medforge.dataset import Dataset
-from medforge.models.claims import claimable, contradicts, opposite
 from medforge.models.encode import Encoder
-from medforge.models.generate import pooled, region_target
+from medforge.models.generate import pooled
 from medforge.models.load import load_model
 from medforge.models.rows import Item
 from medforge.stages import HeadsConfig
-from medforge.train.data import Samples
 from medforge.train.features import Features
-from tests.unit.models.examples import SIZE
 from tests.unit.models.passes import (
     PICTURES,
     PIXELS,
@@ -40,7 +36,7 @@ from tests.unit.models.passes import (
 torch = pytest.importorskip("torch")
 
 from medforge.models.heads import TaskHeads, match_loss, region_loss, to_xyxy  # noqa: E402
-from medforge.train.trainee import Goal, Trainee, Work, items_of, normalisers  # noqa: E402
+from medforge.train.trainee import Goal, Trainee, Work, normalisers  # noqa: E402
 
 BOX = (0.1, 0.2, 0.6, 0.9)
 S = {"language": 0.3, "region": -0.7, "match": 0.9}  # log-variances
@@ -457,72 +453,6 @@ def test_a_tuned_model_needs_no_wrapper(base: Path, encoder: Encoder, asked: lis
     with torch.no_grad():
         expected = sum(float(stock_loss(plain, encoder, [one.whole])) for one in asked) / tokens
     assert value == pytest.approx(expected, rel=1e-5)
-
-
-# --- the items of a step
-
-
-@pytest.fixture(scope="module")
-def samples(phantoms: Path, base: Path) -> Samples:
-    dataset = Dataset.open(phantoms)
-    return Samples(dataset, dataset.samples("train"), Encoder(base, SIZE**2, SIZE**2))
-
-
-def test_without_heads_the_items_are_the_samples(samples: Samples) -> None:
-    items = items_of(samples, [5, 2, 2], None, 0)
-    assert [one.tag for one in items] == [Goal(5), Goal(2), Goal(2)]
-    assert all(one.encoded is samples.item(one.tag.index).encoded for one in items)
-    assert items_of(samples, [5, 2], HeadsConfig(region=False, match=True), 0)[0].tag == Goal(5)
-
-
-def test_boxes_are_the_samples(samples: Samples) -> None:
-    indexes = list(range(40))
-    items = items_of(samples, indexes, HeadsConfig(match=False), 0)
-    assert [one.tag.box for one in items] == [region_target(samples.samples[index]) for index in indexes]
-    assert {one.tag.fits for one in items} == {None}
-    assert any(one.tag.box for one in items)
-    assert not all(one.tag.box for one in items)
-
-
-def test_claims_are_right_or_certainly_wrong(samples: Samples) -> None:
-    indexes = list(range(0, 80, 2))
-    items = items_of(samples, indexes, HeadsConfig(), 3)
-    assert [one.tag.index for one in items[: len(indexes)]] == indexes
-    claims = items[len(indexes) :]
-    chosen = [samples.samples[index] for index in indexes]
-    assert len({one.tag.index for one in claims}) == len(claims) > 20
-    decode = samples.encoder.tokenizer.decode
-    for one in claims:
-        sample = samples.samples[one.tag.index]
-        assert claimable(sample)
-        assert (one.tag.box, one.encoded.answer_tokens) == (None, 0)
-        assert one.images == samples.images(one.tag.index)
-        said = str(decode(one.encoded.input_ids)).rpartition("Proposed answer: ")[2].partition("<|im_end|>")[0]
-        if one.tag.fits:
-            assert said == sample.answer
-        else:
-            others = [other for other in chosen if other.answer == said and contradicts(sample, other)]
-            assert others or said == opposite(sample.answer)
-    truths = [one.tag.fits for one in claims]
-    assert 0.2 < sum(truths) / len(truths) < 0.8
-
-
-def test_claims_follow_from_the_seed(samples: Samples) -> None:
-    def told(seed: int) -> list[tuple[Any, list[int]]]:
-        items = items_of(samples, list(range(60)), HeadsConfig(), seed)
-        return [(one.tag, one.encoded.input_ids.tolist()) for one in items]
-
-    assert told(1) == told(1)
-    assert told(1) != told(2)
-
-
-def test_the_truth_is_not_told_by_the_kind_of_question(samples: Samples) -> None:
-    """A question that can only be claimed rightly gets no claim: the head would learn the question."""
-    items = items_of(samples, [0], HeadsConfig(), 0)
-    lonely = [one for one in items if one.tag.fits is not None]
-    sample = samples.samples[0]
-    assert opposite(sample.answer) is None  # the case: an open answer and none to swap it with
-    assert lonely == []
 
 
 def test_a_trainee_can_be_copied(encoder: Encoder, model: Any, features: Features, asked: list[Case]) -> None:
