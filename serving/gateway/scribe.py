@@ -60,7 +60,7 @@ class Scribe(asyncio.Protocol):
         self._starting = asyncio.Lock()
         self._started = -_APART
         self._begun: asyncio.Future[_Told] | None = None
-        self._waiting: deque[tuple[asyncio.Future[None], bool]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[None], bool]] = deque()  # and whether the row is a request's
         self._rest = b""
         self._probing = self._closed = False
 
@@ -72,27 +72,27 @@ class Scribe(asyncio.Protocol):
         self._begun = loop.create_future()
         ours, theirs = socket.socketpair()
         with theirs:
-            # fsync as 0 or 1; sys.path is this process's, wherever it was started
             command = [sys.executable, "-m", "serving.gateway.scribe", str(self._folder), str(int(self._fsync))]
             self._process = subprocess.Popen(  # noqa: S603  our own program
                 [*command, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # wherever it was started
             )
         transport, _ = await loop.create_unix_connection(lambda: self, sock=ours)
         try:
             told = await asyncio.wait_for(self._begun, _START_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             transport.close()
-            raise ValueError(f"{self._folder}: the audit log's writer does not start: {error or 'no answer'}") from None
+            reason = str(error) or "it says nothing"
+            raise ValueError(f"{self._folder}: the audit log's writer does not start: {reason}") from None
         if told.error is not None:
             transport.close()
             raise ValueError(told.error)
         self.path, self.head, self._transport = Path(told.path), told.head, transport
 
     async def write(self, entry: Mapping[str, Any]) -> None:
-        """Return when the row is on the disk. OSError if it cannot be written; it is not there then.
+        """Return when the row is on the disk. OSError if it cannot be written: only a killed process can have left it.
 
         None values are left out. ValueError names a field that FIELDS lacks or a value that is no number or short name.
         A caller that is cancelled meanwhile does not undo the row.
@@ -167,8 +167,10 @@ class Scribe(asyncio.Protocol):
 
     def _settle(self, rows: int, error: OSError | None) -> None:
         """Tell those who wait for the oldest rows."""
-        for done, counts in (self._waiting.popleft() for _ in range(rows)):
-            self.refused += counts and error is not None
+        for _ in range(rows):
+            done, counts = self._waiting.popleft()
+            if error is not None and counts:
+                self.refused += 1
             if done.done():  # the caller has hung up; the row is kept all the same
                 continue
             if error is None:
