@@ -82,7 +82,7 @@ def _repeat(row: Row, server: servers.Server, bench: Bench, own: bool) -> None:
     row.per_second.append(crowd.per_second)
     row.crowd_p99_ms.append(crowd.p99_ms)
     row.cpu_ms.append(1e3 * used / crowd.requests)
-    for count in () if row.reads else work.levels:
+    for count in () if row.reads else sorted(set(work.levels) - {work.connections}):
         row.levels.setdefault(count, []).append(load_it(count, work.seconds).per_second)
     if own:
         row.memory_bytes.append(memory(server.process.pid))

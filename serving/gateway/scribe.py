@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -56,7 +56,8 @@ class Scribe(asyncio.Protocol):
         self._folder, self._fsync = folder, fsync
         self.path, self.head, self.refused = folder, "", 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._transport: asyncio.Transport | None = None
+        self._opened: asyncio.Transport | None = None
+        self._transport: asyncio.Transport | None = None  # the same, from the process's first word to its end
         self._starting = asyncio.Lock()
         self._started = -_APART
         self._begun: asyncio.Future[_Told] | None = None
@@ -89,7 +90,6 @@ class Scribe(asyncio.Protocol):
         if told.error is not None:
             transport.close()
             raise ValueError(told.error)
-        self.path, self.head, self._transport = Path(told.path), told.head, transport
 
     async def write(self, entry: Mapping[str, Any]) -> None:
         """Return when the row is on the disk. OSError if it cannot be written: only a killed process can have left it.
@@ -124,8 +124,9 @@ class Scribe(asyncio.Protocol):
 
     async def _write(self, row: dict[str, Any]) -> None:
         if self._transport is None:
-            await self._start_again()
-        assert self._transport is not None
+            await asyncio.shield(self._start_again())  # a caller that hangs up leaves none half started
+        if self._transport is None:
+            raise OSError(f"{self.path}: the audit log's writer has ended")
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((done, "event" not in row))
         self._transport.write(_encode(row) + b"\n")
@@ -140,10 +141,14 @@ class Scribe(asyncio.Protocol):
                     raise OSError(f"{self.path}: the audit log is closed")
                 if time.monotonic() - self._started < _APART:
                     raise OSError(f"{self.path}: the audit log's writer has ended; another is started in a moment")
-                await asyncio.shield(self.start())  # a caller that hangs up leaves none half started
+                await self.start()
             except (OSError, ValueError) as error:
                 self.refused += 1
                 raise OSError(str(error)) from error
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The socket is open; the process has said nothing yet."""
+        self._opened = cast(asyncio.Transport, transport)  # uvloop's is none by its class
 
     def data_received(self, data: bytes) -> None:
         """What the process tells."""
@@ -151,6 +156,8 @@ class Scribe(asyncio.Protocol):
         for line in lines:
             told = _told.decode(line)
             if self._begun is not None and not self._begun.done():
+                if told.error is None:
+                    self.path, self.head, self._transport = Path(told.path), told.head, self._opened
                 self._begun.set_result(told)
                 continue
             if told.error is None:

@@ -146,6 +146,52 @@ def test_a_process_that_is_killed_fails_what_waits_and_is_followed_by_another(
     assert verify(tmp_path)[0] == 4
 
 
+def test_a_process_that_ends_right_after_its_first_word_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Scribe.data_received
+
+    def lose(log: Scribe, data: bytes) -> None:
+        real(log, data)
+        log.connection_lost(None)  # before `start` goes on
+
+    async def run() -> None:
+        log = Scribe(tmp_path, fsync=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(Scribe, "data_received", lose)
+            await log.start()
+        assert log._opened is not None
+        log._opened.close()
+        monkeypatch.setattr(scribe, "_APART", 0.0)
+        await asyncio.wait_for(log.write(ENTRY), 15)
+        await log.close()
+
+    asyncio.run(run())
+    assert verify(tmp_path)[0] == 1
+
+
+def test_a_caller_that_hangs_up_while_it_is_started_again_disturbs_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scribe, "_APART", 0.0)
+
+    async def run() -> None:
+        async with writing(tmp_path) as log:
+            os.kill(pid(log), signal.SIGKILL)
+            while log._transport is not None:
+                await asyncio.sleep(0.01)
+            first = asyncio.create_task(log.write(ENTRY))
+            await asyncio.sleep(0.03)
+            first.cancel()
+            began = time.monotonic()
+            await log.write(ENTRY)
+            assert time.monotonic() - began < scribe._STOP_SECONDS  # nobody waited for the new process's end
+            assert log.refused == 0
+
+    asyncio.run(run())
+    assert verify(tmp_path)[0] == 1
+
+
 def test_signals_do_not_end_it_while_the_gateway_lives(tmp_path: Path) -> None:
     async def run() -> None:
         async with writing(tmp_path) as log:
