@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -76,6 +77,61 @@ def test_the_schema_is_made_once_though_many_make_it(tmp_path: Path) -> None:
         assert connection.execute(sql.select(sql.func.count()).select_from(module.version)).scalar() == 1
     for database in databases:
         database.close()
+
+
+def test_a_new_file_that_another_is_writing_is_waited_for(tmp_path: Path) -> None:
+    database = Database(url(tmp_path))
+    other = sqlite3.connect(tmp_path / "private" / "gateway.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # SQLite refuses WAL at once now, without waiting for busy_timeout
+    threading.Timer(0.3, lambda: other.execute("COMMIT")).start()
+    database.create()
+    assert version_of(database) == len(module.MIGRATIONS)
+    database.close()
+    other.close()
+
+
+def test_a_file_that_another_keeps_locked_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BUSY_MS", 100)
+    database = Database(url(tmp_path))
+    other = sqlite3.connect(tmp_path / "private" / "gateway.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(sql.exc.OperationalError, match="database is locked"):
+        database.create()
+    database.close()
+    other.close()
+
+
+def test_what_is_no_file_of_sqlite_is_refused_at_once(tmp_path: Path) -> None:
+    database = Database(url(tmp_path))
+    (tmp_path / "private" / "gateway.db").write_bytes(b"of another program" * 100)
+    begun = time.monotonic()
+    with pytest.raises(sql.exc.DatabaseError, match="file is not a database"):
+        database.create()
+    assert time.monotonic() - begun < 5
+    database.close()
+
+
+def test_a_folder_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    mode = tmp_path.stat().st_mode
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        Database(f"sqlite:///{tmp_path}")
+    assert tmp_path.stat().st_mode == mode
+
+
+def test_a_second_one_in_a_process_leaves_the_first_ones_locks(tmp_path: Path) -> None:
+    first = Database(url(tmp_path))
+    first.create()
+    log = tmp_path / "private" / "gateway.db-wal"
+    before = log.stat().st_ino
+    Database(url(tmp_path)).close()  # POSIX: to close a file lets go of all the process's locks on it
+    # who closes the database and finds no other's lock takes itself for the last, and removes the log
+    subprocess.run(
+        [sys.executable, "-c", "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]);"
+         "c.execute('SELECT * FROM answers').fetchall(); c.close()", str(tmp_path / "private" / "gateway.db")],
+        check=True,
+    )  # fmt: skip
+    assert log.stat().st_ino == before
+    first.close()
 
 
 def test_migrations_run_once_and_in_order_and_a_failed_one_leaves_nothing(
