@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipelines.cluster import NEVER_CACHED, STEPS, WITH_MODEL, ClusterConfig, StepConfig, seconds
@@ -25,7 +26,11 @@ def for_cluster(pipeline: Any, cluster: ClusterConfig) -> Any:
     spec = pipeline.component_spec
     limits = {"ttl_seconds_after_finished": cluster.keep, "active_deadline_seconds": cluster.deadline}
     given = dsl.PipelineConfig(**{name: seconds(time) for name, time in limits.items() if time})
-    return dsl.pipeline(name=spec.name, description=spec.description, pipeline_config=given)(settled)
+    build = dsl.pipeline(name=spec.name, description=spec.description, pipeline_config=given)
+    # kfp looks up the module of every frame on the stack each time that a task is set: half a minute in all, where the
+    # stack is deep and much is loaded (a notebook, the tests); a thread begins with an empty one
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(build, settled).result()
 
 
 def step_of(task: Any) -> str:
