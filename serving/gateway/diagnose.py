@@ -131,7 +131,7 @@ def _count(parts: Parts, pictures: Sequence[Picture], response: api.DiagnoseResp
     metrics.tokens.labels("completion").inc(response.usage.completion_tokens)
     for picture in pictures:
         parts.drift.note_image(picture.statistics)
-    parts.drift.note_answer(response.answer, response.decision)
+    parts.drift.note_answer(response.answer, response.decision, track)
 
 
 def _inputs(question: api.Question, pictures: Sequence[Picture]) -> str:

@@ -57,10 +57,13 @@ class Drift:
         """Count an image, by what `medforge.reference.image_statistics` says of it."""
         self._note(statistics)
 
-    def note_answer(self, text: str | None, decision: str) -> None:
-        """Count an answer. One that was withheld (`text` None, `decision` abstained) is counted by the metrics of
-        decisions alone, as a release's reference knows answers only."""
-        if text is not None and decision == "answered":
+    def note_answer(self, text: str | None, decision: str, track: str) -> None:
+        """Count an answer of the stable release, whose reference it is: a candidate's own ways are no drift.
+
+        One that was withheld (`text` None, `decision` abstained) is counted by the metrics of decisions alone, as a
+        release's reference knows answers only.
+        """
+        if text is not None and decision == "answered" and track == "stable":
             self._note(answer_statistics(text))
 
     def _note(self, statistics: Mapping[str, float | str]) -> None:

@@ -80,7 +80,7 @@ class Settings(BaseSettings):
     match_threshold: float = Field(0.5, ge=0, le=1, description="Least score of region and text for an answer.")
     confidence_threshold: float = Field(0.0, ge=0, le=1, description="Least confidence for an answer.")
     finding_margin: float = Field(0.1, ge=0, lt=0.5, description="A finding between 0.5 ± this is not decided.")
-    max_tokens: int = Field(512, ge=1, description="Tokens of an answer.")
+    max_tokens: int = Field(512, ge=1, description="Tokens of a diagnosis, at most; chat requests name their own.")
 
     # who may call
     authentication: bool = Field(True, description="Off: everybody may call, in development only.")

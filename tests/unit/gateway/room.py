@@ -97,7 +97,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.answers: list[tuple[str | None, str]] = []
+        self.answers: list[tuple[str | None, str, str]] = []
         self.images = 0
         self.broken = False
         self.answered = SimpleNamespace(note=lambda row: None)
@@ -110,8 +110,8 @@ class Recorder:
     def note_image(self, statistics: Any) -> None:
         self.images += 1
 
-    def note_answer(self, text: str | None, decision: str) -> None:
-        self.answers.append((text, decision))
+    def note_answer(self, text: str | None, decision: str, track: str) -> None:
+        self.answers.append((text, decision, track))
 
 
 def png(size: tuple[int, int] = (100, 50)) -> bytes:

@@ -244,7 +244,7 @@ def test_what_is_kept_and_counted(limits: Settings) -> None:
     assert row["outputs"] == hashlib.sha256(answer.model_dump_json().encode()).hexdigest()
     assert len(row["inputs"]) == 64
     assert not any("lung" in str(value) or "Where" in str(value) for value in row.values())
-    assert room.kept.answers == [("left lung", "answered")]
+    assert room.kept.answers == [("left lung", "answered", "stable")]
     assert room.metric("decisions_total", task="ask", decision="answered", track="stable") == 1
     assert room.metric("match_score_count", track="stable") == 1
     assert room.metric("confidence_count", track="stable") == 1
@@ -252,8 +252,11 @@ def test_what_is_kept_and_counted(limits: Settings) -> None:
     low = heads(limits, "left lung", match=0.1)
     low.ask("ask", question="Where is it?")
     assert low.metric("abstentions_total", reason="low-match", track="stable") == 1
-    assert low.kept.answers == [(None, "abstained")]
+    assert low.kept.answers == [(None, "abstained", "stable")]
     assert low.kept.rows[0]["reason"] == "low-match"
+    tried = heads(limits, "left lung", release=api.Release(digest="c" * 64, model="medforge", track="candidate"))
+    tried.ask("ask", question="Where is it?")
+    assert tried.kept.answers == [("left lung", "answered", "candidate")]
 
 
 def test_no_answer_without_its_row(limits: Settings) -> None:

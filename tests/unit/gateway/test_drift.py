@@ -46,11 +46,11 @@ def test_there_is_no_gauge_before_there_are_enough() -> None:
     metrics = Metrics()
     drift = Drift(REFERENCE, metrics, window=200, enough=50)
     for _ in range(49):
-        drift.note_answer("Yes.", "answered")
+        drift.note_answer("Yes.", "answered", "stable")
     assert gauge(metrics, "closed") is None
     assert samples(metrics, "closed") == 49
     assert "drift_psi{" not in metrics.render().decode()
-    drift.note_answer("No.", "answered")
+    drift.note_answer("No.", "answered", "stable")
     assert gauge(metrics, "closed") == pytest.approx(psi([0.3, 0.5, 0.2], [0.98, 0.02, 0]))
     assert gauge(metrics, "brightness") is None
 
@@ -58,14 +58,23 @@ def test_there_is_no_gauge_before_there_are_enough() -> None:
 def test_answers_that_were_withheld_are_not_counted() -> None:
     metrics = Metrics()
     drift = Drift(REFERENCE, metrics)
-    drift.note_answer(None, "abstained")
-    drift.note_answer("yes", "abstained")
+    drift.note_answer(None, "abstained", "stable")
+    drift.note_answer("yes", "abstained", "stable")
     assert samples(metrics, "closed") == 0
+
+
+def test_a_candidates_answers_are_no_drift_of_the_stable_release() -> None:
+    metrics = Metrics()
+    drift = Drift(REFERENCE, metrics)
+    drift.note_answer("yes", "answered", "candidate")
+    assert samples(metrics, "closed") == 0
+    drift.note_answer("yes", "answered", "stable")
+    assert samples(metrics, "closed") == 1
 
 
 def test_without_a_reference_nothing_is_counted() -> None:
     metrics = Metrics()
     drift = Drift(None, metrics)
     drift.note_image({"brightness": 0.5})
-    drift.note_answer("yes", "answered")
+    drift.note_answer("yes", "answered", "stable")
     assert "drift_samples{" not in metrics.render().decode()
