@@ -100,7 +100,10 @@ def main() -> int:
         ws="none",
     )
     server = Server(config, app, settings.drain_seconds)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's, where it could not begin; the log says why
+        return 1
     return 0 if server.started else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -11,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medforge import __version__, apikeys, reference
 from serving.gateway import chat, diagnose, documentation, feedback, health, jobs, page, releases
@@ -66,12 +67,22 @@ class _Gateway(FastAPI):
         self.hot: dict[str, ASGIApp] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            send = partial(_tell_in_a_line, send)
         hot = self.hot.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if hot is None:
             await super().__call__(scope, receive, send)
             return
         scope["app"] = self
         await hot(scope, receive, send)
+
+
+async def _tell_in_a_line(send: Send, message: Message) -> None:
+    """Starlette tells by a traceback why it could not begin. Of a mistake the error says all."""
+    error = sys.exc_info()[1]
+    if message["type"] == "lifespan.startup.failed" and isinstance(error, OSError | ValueError):
+        message = {**message, "message": f"cannot begin: {error}"}
+    await send(message)
 
 
 async def _explain(request: Request, error: Exception) -> Response:
@@ -90,7 +101,11 @@ async def _explain(request: Request, error: Exception) -> Response:
 async def _lifespan(settings: Settings, metrics: Metrics, app: FastAPI) -> AsyncIterator[None]:
     """Open the parts in the order in which they need each other, and close them the other way round."""
     async with AsyncExitStack() as stack:
-        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            told = f"data_dir: {settings.data_dir}: {error.strerror}; name a folder that this process may write to"
+            raise ValueError(told) from error
         database = Database(settings.database_url)
         stack.callback(database.close)
         database.create()

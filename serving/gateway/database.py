@@ -138,8 +138,15 @@ class Database:
     def create(self) -> None:
         """Make the tables, or bring them to this code's version. Several gateways may do so at once.
 
-        ValueError if the schema is newer than this code.
+        ValueError if the schema is newer than this code, or the database cannot be used.
         """
+        try:
+            self._migrate()
+        except sql.exc.DBAPIError as error:
+            url, why = self.engine.url.render_as_string(hide_password=True), " ".join(str(error.orig).split())
+            raise ValueError(f"database: {url} cannot be used: {why}; mend it, or name another") from error
+
+    def _migrate(self) -> None:
         with self.begin() as connection:
             if self.dialect == "postgresql":
                 connection.execute(sql.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
@@ -280,8 +287,9 @@ def _engine(url: str) -> Engine:
         )
     if backend != "sqlite":
         raise ValueError(f"database: {backend} is not supported: sqlite and postgresql are")
-    if not parsed.database or parsed.database == ":memory:":
-        raise ValueError("database: an SQLite database in memory is not supported; name a file, as sqlite:////folder/f")
+    if not parsed.database or parsed.database == ":memory:" or "uri" in parsed.query:
+        raise ValueError("database: an SQLite URI or database in memory is not supported; name a file, as "
+                         "sqlite:////folder/f")  # fmt: skip
     _make_private(Path(parsed.database))
     engine = sql.create_engine(parsed, pool_size=_THREADS, hide_parameters=True)
     sql.event.listen(engine, "connect", _set_up_sqlite)
@@ -293,11 +301,15 @@ def _make_private(path: Path) -> None:
     """Let nobody but this user read the file; SQLite gives the files beside it the same mode."""
     if path.is_dir():
         raise ValueError(f"database: {path} is a folder; name a file, as sqlite:///{path}/gateway.db")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # one that is there is not opened: closing it would let go of the locks that this process's connections hold on it
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    path.chmod(0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # one that is there is not opened: closing it would let go of the locks that this process's connections hold
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        path.chmod(0o600)
+    except OSError as error:
+        told = f"database: {error.filename}: {error.strerror}; name a file in a folder that this process may write to"
+        raise ValueError(told) from error
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -135,6 +136,39 @@ def test_it_refuses_to_begin_in_one_line(tmp_path: Path, values: dict[str, str],
     assert told in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
     assert "hunter2" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"DATABASE": "sqlite:///{folder}"}, "database: {folder} is a folder; name a file"),
+        ({"DATABASE": "sqlite:///{folder}/text"}, "text cannot be used: file is not a database; "),
+        ({"DATABASE": "sqlite:///{folder}/text/gateway.db"}, "database: {folder}/text: File exists; name a file in"),
+        ({"DATABASE": "postgresql://somebody:hunter2@127.0.0.1:1/medforge"}, "Connection refused"),
+        ({"DATABASE": "gateway.db"}, "database: is no SQLAlchemy URL"),
+        ({"DATA_DIR": "{folder}/text"}, "data_dir: {folder}/text: File exists; name a folder"),
+        ({"REFERENCE": "{folder}/nowhere.json"}, "{folder}/nowhere.json"),
+        ({"REFERENCE": "{folder}/text"}, "{folder}/text"),
+        ({"PORT": "{taken}"}, "address already in use"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value[-24:],
+)
+def test_what_it_cannot_begin_with_is_told_in_one_line(tmp_path: Path, values: dict[str, str], told: str) -> None:
+    (tmp_path / "text").write_text("of another program " * 50)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        names = {"folder": tmp_path, "taken": taken.getsockname()[1]}
+        given = {"PORT": "0", "DATA_DIR": str(tmp_path / "gateway"), "SECRET_KEY": SECRET} | values
+        ended = subprocess.run(
+            [sys.executable, "-m", "serving.gateway"], capture_output=True, text=True, timeout=60, check=False,
+            env=environment(STABLE="http://127.0.0.1:1/v1", **{k: v.format_map(names) for k, v in given.items()}),
+            cwd=tmp_path,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    (line,) = [one["message"] for one in lines if told.format_map(names) in one.get("message", "")]
+    assert "\n" not in line
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "hunter2" not in ended.stdout + ended.stderr
 
 
 def test_sigterm_lets_what_is_open_finish(tmp_path: Path, fake: Fake, key: str, client: httpx.Client) -> None:
