@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,8 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from medforge.config import load_config, parse_config
-from pipelines.cluster import NEVER_CACHED, STEPS, check_run, load_cluster, seconds
+from pipelines import settle
+from pipelines.cluster import NEVER_CACHED, STEPS, ClusterConfig, check_run, load_cluster, seconds
 from pipelines.compile import main, pipeline_of, write
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -194,6 +196,21 @@ def test_the_same_configuration_compiles_to_the_same_bytes(tmp_path: Path) -> No
     for name in ("first.yaml", "second.yaml"):
         write(pipeline_of("retrain", config, load_cluster(EXAMPLE)), tmp_path / name)
     assert (tmp_path / "first.yaml").read_bytes() == (tmp_path / "second.yaml").read_bytes()
+
+
+def test_tasks_are_set_on_a_short_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kfp looks up a module for every frame, each time: with hundreds of frames a compilation would take minutes."""
+    frames: list[list[str]] = []
+    real = settle.settle
+
+    def noted(task: Any, cluster: ClusterConfig) -> None:
+        frames.append([frame.name for frame in traceback.extract_stack()])
+        real(task, cluster)
+
+    monkeypatch.setattr(settle, "settle", noted)
+    pipeline_of("retrain", load_config(RUN, STORED), load_cluster(EXAMPLE))
+    assert frames
+    assert all(len(one) < 30 and "test_tasks_are_set_on_a_short_stack" not in one for one in frames)
 
 
 def test_shards_fan_out_and_come_together() -> None:

@@ -54,6 +54,11 @@ def changed(stage: StageConfig = STAGE, **changes: Any) -> StageConfig:
     return StageConfig.model_validate(stage.model_dump() | changes)
 
 
+# no random numbers, so that another way to compute the same gives the same
+PLAIN = changed(lora={"r": 4, "alpha": 8}, steps=4, batch_size=8, evaluate_every=2, learning_rate=2e-3)
+QUIET = changed(PLAIN, evaluate_every=4, generate_samples=0)
+
+
 def train(
     folder: Path,
     base: Path,
@@ -98,6 +103,19 @@ def at_step(patch: pytest.MonkeyPatch, act: Callable[[int], None]) -> list[int]:
 
     patch.setattr(loop, "one_step", counted)
     return taken
+
+
+Act = Callable[[Any, Any, int, tuple[float, float]], tuple[float, float]]
+
+
+def replaced(patch: pytest.MonkeyPatch, act: Act) -> None:
+    """Let `act` see the parts, the micro-batches and the number of each step, and say what its loss and norm are."""
+    one_step = loop.one_step
+
+    def new(parts: Any, works: Any, seed: int, step: int, rates: list[float]) -> tuple[float, float]:
+        return act(parts, works, step + 1, one_step(parts, works, seed, step, rates))
+
+    patch.setattr(loop, "one_step", new)
 
 
 def about(adapter: Path) -> dict[str, Any]:

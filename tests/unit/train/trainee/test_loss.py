@@ -1,30 +1,27 @@
-"""The trainee: a step's loss by hand, however it is cut into micro-batches, and what each item takes part in."""
+"""The trainee: a step's loss by hand, however it is cut into micro-batches."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from medforge.models.encode import Encoder
-from medforge.models.generate import pooled
+from medforge.models.heads import TaskHeads, match_loss, region_loss
 from medforge.models.load import load_model
 from medforge.models.rows import Item
 from medforge.stages import HeadsConfig
 from medforge.train.features import Features
+from medforge.train.trainee import normalisers
 from tests.unit.models.passes import (
     PICTURES,
-    PIXELS,
     Case,
     about,
     adapted,
-    batches,
     case,
     distance,
     gradients,
@@ -32,108 +29,7 @@ from tests.unit.models.passes import (
     stock,
     stock_loss,
 )
-
-torch = pytest.importorskip("torch")
-
-from medforge.models.heads import TaskHeads, match_loss, region_loss, to_xyxy  # noqa: E402
-from medforge.train.trainee import Goal, Trainee, Work, normalisers  # noqa: E402
-
-BOX = (0.1, 0.2, 0.6, 0.9)
-S = {"language": 0.3, "region": -0.7, "match": 0.9}  # log-variances
-
-
-@pytest.fixture(scope="module")
-def encoder(base: Path) -> Encoder:
-    return Encoder(base, *PIXELS)
-
-
-@pytest.fixture(scope="module")
-def model(base: Path) -> Any:
-    return adapted(load_model(base, "float32").cpu(), "qwen3-vl")
-
-
-@pytest.fixture(scope="module")
-def features(model: Any) -> Features:
-    from medforge.models.tower import Tower
-
-    return Features(Tower(stock(model)), None, None)
-
-
-def new_heads(region: bool = True, match: bool = True) -> TaskHeads:
-    torch.manual_seed(1)
-    heads = TaskHeads(128, region, match)
-    for name, parameter in heads.log_variance.items():
-        parameter.data.fill_(S[name])
-    return heads
-
-
-def works(encoder: Encoder, features: Features, items: Sequence[Item], **how: Any) -> list[Work]:
-    """The micro-batches of a step, ready to run."""
-    cut = batches(encoder, items, **how)
-    return [
-        Work(number, batch, features.ready(batch, lambda name: encoder.see([PICTURES[name]]).pixel_values))
-        for number, batch in enumerate(cut)
-    ]
-
-
-def totals_of(step: Sequence[Work]) -> dict[str, float]:
-    return {name: sum(work.counts[name] for work in step) for name in step[0].counts}
-
-
-def trainee_of(
-    model: Any,
-    heads: TaskHeads | None,
-    features: Features,
-    config: HeadsConfig | None,
-    dtype: str,
-    answer_logits: bool = True,
-) -> Trainee:
-    return Trainee(model, heads, features, config, dtype, torch.device("cpu"), answer_logits)
-
-
-def run(trainee: Trainee, step: Sequence[Work]) -> tuple[float, dict[str, float], dict[str, Any]]:
-    """One step: the sum of the shares, the sums of the losses, and the gradients of all that has one."""
-    totals, value, sums = totals_of(step), 0.0, Counter[str]()
-    for work in step:
-        share, losses = trainee(work, totals, once=work.number == 0)
-        share.backward()
-        value += float(share.detach())
-        sums.update({name: float(loss) for name, loss in losses.items()})
-    found = {name: p.grad for name, p in trainee.named_parameters() if p.grad is not None}
-    trainee.zero_grad(set_to_none=True)
-    return value, dict(sums), found
-
-
-def tagged(cases: Sequence[Case], boxes: Sequence[int] = ()) -> list[Item]:
-    """The cases' items, those in `boxes` with a box."""
-    return [replace(one.item, tag=Goal(number, BOX if number in boxes else None)) for number, one in enumerate(cases)]
-
-
-QUESTIONS = [
-    ("a", "Is there a nodule?", "no"),
-    ("b", "Which organ is this?", "the liver"),
-    ("a", "Where?", "upper lobe"),
-]
-
-
-@pytest.fixture(scope="module")
-def asked(encoder: Encoder) -> list[Case]:
-    return [case(encoder, (image,), question, answer) for image, question, answer in QUESTIONS]
-
-
-def claim(encoder: Encoder, number: int, answer: str, fits: bool) -> Item:
-    image, question, right = QUESTIONS[number]
-    made = about((image,), question, right)
-    encoded = encoder.encode_claim(made, encoder.measure(made.images), answer)
-    return Item(encoded, (image,), Goal(number, fits=fits))
-
-
-@pytest.fixture(scope="module")
-def multi(encoder: Encoder, asked: list[Case]) -> list[Item]:
-    """Three questions, of which two have a box, and three claims, of which one fits."""
-    claims = [("no", True), ("lung", False), ("lower lobe", False)]
-    return tagged(asked, (0, 2)) + [claim(encoder, number, *one) for number, one in enumerate(claims)]
-
+from tests.unit.train.trainee.made import BOX, QUESTIONS, S, new_heads, run, tagged, totals_of, trainee_of, works
 
 # --- language only
 
@@ -336,107 +232,6 @@ def test_normalisers_by_hand() -> None:
     totals = {"language": 40.0, "region": 3.0, "match_true": 2.0, "match_false": 5.0}
     assert normalisers(totals, HeadsConfig()) == {"language": 40, "region": 3, "match": 25}
     assert normalisers(totals | {"match_true": 0, "match_false": 0}, HeadsConfig(missed_weight=2))["match"] == 0
-
-
-# --- what an item takes part in
-
-
-def test_claims_carry_neither_language_nor_region(
-    encoder: Encoder, model: Any, features: Features, asked: list[Case], multi: list[Item]
-) -> None:
-    trainee = trainee_of(model, new_heads(), features, HeadsConfig(), "float32")
-    with_claims = run(trainee, works(encoder, features, multi))[1]
-    without = run(trainee, works(encoder, features, tagged(asked, (0, 2))))[1]
-    assert with_claims["language"] == pytest.approx(without["language"], rel=1e-5)
-    assert with_claims["region"] == pytest.approx(without["region"], rel=1e-5)
-    (work,) = works(encoder, features, multi[3:])
-    assert work.counts == {"language": 0, "region": 0, "match_true": 1, "match_false": 2}
-
-
-def test_only_a_claims_truth_decides_its_loss(
-    encoder: Encoder, model: Any, features: Features, multi: list[Item]
-) -> None:
-    trainee = trainee_of(model, new_heads(), features, HeadsConfig(), "float32")
-    turned = [
-        replace(one, tag=replace(one.tag, fits=not one.tag.fits)) if one.tag.fits is not None else one for one in multi
-    ]
-    one, other = (run(trainee, works(encoder, features, items))[1] for items in (multi, turned))
-    assert one["match"] != pytest.approx(other["match"], rel=1e-2)
-    assert {**one, "match": 0} == pytest.approx({**other, "match": 0})
-
-
-def test_an_item_without_a_box_has_no_region_gradient(
-    encoder: Encoder, model: Any, features: Features, asked: list[Case]
-) -> None:
-    """The region loss of three items of which one has a box is that one's alone."""
-    trainee = trainee_of(model, new_heads(), features, HeadsConfig(), "float32")
-    together = run(trainee, works(encoder, features, tagged(asked, (1,))))
-    alone = run(trainee, works(encoder, features, [tagged(asked, (1,))[1]]))
-    assert together[1]["region"] == pytest.approx(alone[1]["region"], rel=1e-5)
-    own = [name for name in alone[2] if "region_head" in name]
-    assert len(own) == 6
-    assert distance({name: together[2][name] for name in own}, {name: alone[2][name] for name in own}) < 1e-5
-
-
-# --- what the heads see
-
-
-def outputs_of(trainee: Trainee, step: Sequence[Work]) -> dict[Any, tuple[Any, Any]]:
-    """Boxes and scores by the item's goal and whether it is a claim."""
-    found = {}
-    with torch.no_grad():
-        for work in step:
-            _, _, outputs = trainee(work, totals_of(step), outputs=True)
-            for one, *values in zip(work.batch.items, outputs["boxes"], outputs["scores"], strict=True):
-                found[(one.tag.index, one.tag.fits)] = tuple(values)
-    return found
-
-
-def test_the_heads_say_of_each_item_what_they_say_of_its_prompt(
-    encoder: Encoder, model: Any, features: Features, multi: list[Item]
-) -> None:
-    heads = new_heads()
-    trainee = trainee_of(model, heads, features, HeadsConfig(), "float32")
-    found = outputs_of(trainee, works(encoder, features, multi, tokens=130))
-    assert len(found) == len(multi)
-    prompts = []
-    for number, (image, question, right) in enumerate(QUESTIONS):
-        prompts.append(encoder.encode_prompt(about((image,), question, right), [PICTURES[image]]))
-        assert (number, None) in found
-    states = pooled(stock(model), encoder, prompts)
-    boxes = to_xyxy(heads.region(states)).tolist()
-    for number, box in enumerate(boxes):
-        np.testing.assert_allclose(found[(number, None)][0], box, atol=1e-5)
-        x1, y1, x2, y2 = box
-        assert x1 < x2
-        assert y1 < y2
-
-
-def test_neither_answer_nor_neighbours_nor_padding_reach_the_heads(
-    encoder: Encoder, model: Any, features: Features, multi: list[Item]
-) -> None:
-    trainee = trainee_of(model, new_heads(), features, HeadsConfig(), "float32")
-    expected = outputs_of(trainee, works(encoder, features, multi))
-    other = [case(encoder, (i,), question, "something else, and at greater length") for i, question, _ in QUESTIONS]
-    changed = tagged(other, (0, 2))
-    for items, how in (
-        (changed + multi[3:], {}),
-        (multi[:1], {}),
-        (multi[2:5], {"share": False}),
-        (multi, {"packed": True}),
-        (multi, {"buckets": False, "tokens": 1}),
-    ):
-        for key, (box, score) in outputs_of(trainee, works(encoder, features, items, **how)).items():
-            np.testing.assert_allclose(box, expected[key][0], atol=1e-5, err_msg=str(key))
-            assert score == pytest.approx(expected[key][1], abs=1e-4)
-
-
-def test_without_heads_there_is_nothing_to_say(
-    encoder: Encoder, model: Any, features: Features, asked: list[Case]
-) -> None:
-    trainee = trainee_of(model, None, features, None, "float32")
-    (work,) = works(encoder, features, tagged(asked))
-    assert trainee(work, totals_of([work]), outputs=True)[2] == {"boxes": [None] * 3, "scores": [None] * 3}
 
 
 def test_a_tuned_model_needs_no_wrapper(base: Path, encoder: Encoder, asked: list[Case]) -> None:
